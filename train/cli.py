@@ -1,0 +1,187 @@
+"""Command line of the training program.
+
+    python -m train configs/NAME.py [--field value ...]      start a run, or continue it if it exists
+    python -m train configs/NAME.py --arm Pause [...]        the arm of that name, of a config that defines several
+    python -m train --resume RUN                             continue a run with its own config
+
+Everything that can be wrong with the input is found before anything is compiled or written: one screen, exit code 2.
+Other exit codes: 3 loss or gradients not finite, 130 stopped by a signal after saving.
+"""
+
+import contextlib
+import dataclasses
+import difflib
+import os
+import pathlib
+import re
+import runpy
+import sys
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import tyro
+
+from train.config import Experiment, load_config
+from train.run import CONFIG, check_run, enable_compilation_cache
+
+BAD_INPUT, NOT_FINITE, INTERRUPTED = 2, 3, 130
+USAGE = "usage: python -m train configs/NAME.py [--field value ...] | --resume RUN   (add --help for the fields)"
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """Flags of the program itself."""
+
+    run: pathlib.Path | None = None
+    """Run directory; default runs/NAME-seedSEED. A run that exists is continued if its config is the same."""
+    stop_after_steps: int | None = None
+    """Stop and save after this many steps; the same command goes on from there."""
+    stop_after_minutes: float | None = None
+    """Stop and save when this much time has passed."""
+    dry_run: bool = False
+    """Check everything, print the plan, and stop before anything is compiled or written."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Arguments:
+    experiment: Annotated[Experiment, tyro.conf.arg(name="")]
+    program: Annotated[Program, tyro.conf.arg(name="")] = Program()
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the program; returns its exit code. Bad options leave by SystemExit(2), as tyro's own errors do."""
+    try:
+        experiment, program = parse(arguments)
+        from train.prepare import describe, prepare, trace  # after parsing: JAX takes a second to start
+
+        run = program.run or pathlib.Path("runs") / f"{experiment.name}-seed{experiment.seed}"
+        check_run(run, experiment)
+        prepared = prepare(experiment)
+        if program.dry_run:
+            trace(prepared)
+            print("\n".join([*describe(prepared), f"dry run: {run} is untouched"]))
+            return 0
+    except (ValueError, LookupError, OSError, TypeError) as error:
+        return _fail(_message(error), BAD_INPUT)
+
+    from train.loop import Interrupted, NonFinite, train
+
+    enable_compilation_cache()
+    try:
+        train(
+            prepared,
+            run,
+            stop_after_steps=program.stop_after_steps,
+            stop_after_minutes=program.stop_after_minutes,
+        )
+    except NonFinite as error:
+        return _fail(str(error), NOT_FINITE)
+    except Interrupted as error:
+        return _fail(str(error), INTERRUPTED)
+    return 0
+
+
+def parse(arguments: Sequence[str]) -> tuple[Experiment, Program]:
+    """The experiment, overrides applied, and the program's flags.
+
+    Raises ValueError or FileNotFoundError that say what to write instead; unknown fields and wrong types leave by
+    SystemExit(2) with tyro's message."""
+    words = list(arguments)
+    if not words or words[0] in ("-h", "--help"):
+        print(__doc__.strip())
+        raise SystemExit(0 if words else BAD_INPUT)
+    reject_assignments(words)
+    if words[0] == "--resume":
+        experiment, rest = _resumed(words[1:])
+    elif words[0].startswith("-"):
+        raise ValueError(f"{words[0]}: the config file comes first\n{USAGE}")
+    else:
+        arm, rest = _take_arm(words[1:])
+        experiment = load_config_file(words[0], arm)
+    parsed = tyro.cli(
+        _Arguments,
+        args=rest,
+        default=_Arguments(experiment),
+        prog="python -m train CONFIG",
+        description=__doc__,
+        config=(tyro.conf.AvoidSubcommands,),
+    )
+    program = parsed.program
+    for field in ("stop_after_steps", "stop_after_minutes"):
+        value = getattr(program, field)
+        if value is not None and value <= 0:
+            raise ValueError(f"--{field.replace('_', '-')} {value}: must be positive")
+    return parsed.experiment, program
+
+
+def _take_arm(words: list[str]) -> tuple[str | None, list[str]]:
+    """The value of `--arm`, if it is there, and the other words."""
+    if "--arm" not in words:
+        return None, words
+    at = words.index("--arm")
+    if at + 1 == len(words) or words[at + 1].startswith("-"):
+        raise ValueError(f"--arm: name the arm\n{USAGE}")
+    return words[at + 1], words[:at] + words[at + 2 :]
+
+
+def _resumed(words: list[str]) -> tuple[Experiment, list[str]]:
+    if not words or words[0].startswith("-"):
+        raise ValueError(f"--resume: name the run directory\n{USAGE}")
+    run = pathlib.Path(words[0])
+    if not (run / CONFIG).is_file():
+        raise FileNotFoundError(f"--resume {run}: is not a run directory (it has no {CONFIG})")
+    return load_config(run / CONFIG), ["--run", str(run), *words[1:]]
+
+
+def reject_assignments(words: Sequence[str]) -> None:
+    """Raise ValueError for a word like `field=value` that is not an option's value, with the right way to write it."""
+    for before, word in zip(["", *words], words, strict=False):
+        match = re.fullmatch(r"([A-Za-z_][\w.-]*)=(.*)", word, re.DOTALL)
+        if match and not before.startswith("--"):
+            name, value = match.groups()
+            raise ValueError(f"{word!r}: write --{name.replace('_', '-')} {value}")
+
+
+def load_config_file(path: str, arm: str | None = None) -> Experiment:
+    """The `config` that a Python file defines, or what its function `arm` returns for one of its `ARMS` (case does not
+    matter). Raises FileNotFoundError naming near files, or ValueError."""
+    file = pathlib.Path(path)
+    if not file.is_file():
+        folder = file.parent if file.parent.is_dir() else pathlib.Path("configs")
+        there = sorted(str(other) for other in folder.glob("*.py"))
+        near = difflib.get_close_matches(path, there, n=3, cutoff=0.4) or there
+        raise FileNotFoundError(f"config file {path} does not exist; there are: {', '.join(near) or 'none'}")
+    if file.suffix != ".py":
+        raise ValueError(f"config file {path}: must be a Python file that defines `config = Experiment(...)`")
+    try:
+        defined = runpy.run_path(str(file))
+        config = defined.get("config") if arm is None else _choose_arm(path, defined, arm)
+    except SyntaxError as error:
+        raise ValueError(f"{path}:{error.lineno}: {error.msg}") from error
+    except (ValueError, TypeError, LookupError, ImportError, NameError, AttributeError) as error:
+        raise ValueError(f"{path}: {type(error).__name__}: {_message(error)}") from error
+    if not isinstance(config, Experiment):
+        raise ValueError(f"{path}: defines no `config = Experiment(...)` (config is {type(config).__name__})")
+    return config
+
+
+def _choose_arm(path: str, defined: dict[str, Any], arm: str) -> Experiment:
+    known = {name.lower(): name for name in defined.get("ARMS", ())}
+    if arm.lower() not in known:
+        raise ValueError(f"--arm {arm}: it has {', '.join(known.values()) or 'no arms'}")
+    return defined["arm"](known[arm.lower()])
+
+
+def _message(error: BaseException) -> str:
+    # str() of a KeyError is the repr of its message.
+    return str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+
+
+def _fail(message: str, code: int) -> int:
+    try:
+        print(f"error: {message}" if code != INTERRUPTED else message, file=sys.stderr, flush=True)
+    except OSError:
+        # The terminal is gone; what Python still holds for it would turn the exit code into 120.
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
+    return code

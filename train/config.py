@@ -1,0 +1,238 @@
+"""What an experiment is: one frozen dataclass that names task, method, and how training runs; and its JSON form.
+
+Hyper-parameters of a method (curriculum included) belong to the method; data, optimiser and loop to `Experiment`.
+"""
+
+import dataclasses
+import importlib
+import json
+import math
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import optax
+
+from latentjax.methods.base import Method
+from latentjax.tasks.base import Task
+
+# Only classes below these packages are made from a JSON file: a config file must not be able to run anything else.
+PACKAGES = ("latentjax.", "train.")
+
+
+def _require(holds: bool, field: str, value: object, right: str) -> None:
+    if not holds:
+        raise ValueError(f"{field}={value!r}: {right}")
+
+
+def _require_count(owner: object, *fields: str, minimum: int = 1) -> None:
+    for field in fields:
+        value = getattr(owner, field)
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        _require(whole and value >= minimum, field, value, f"must be a whole number of at least {minimum}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Optimizer:
+    """AdamW (Loshchilov and Hutter, arXiv 1711.05101) with decoupled weight decay on every parameter, as in PyTorch."""
+
+    learning_rate: float = 1e-4
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.01
+    clip_norm: float | None = None  # global gradient norm; None: no clipping
+    warmup_steps: int = 0
+    schedule: Literal["constant", "linear", "cosine"] = "constant"  # after the warm-up, until the last step
+    end_fraction: float = 0.0  # learning rate at the last step over `learning_rate`; unused by "constant"
+
+    def __post_init__(self):
+        _require(self.learning_rate > 0, "optimizer.learning_rate", self.learning_rate, "must be positive")
+        for field in ("b1", "b2"):
+            value = getattr(self, field)
+            _require(0 <= value < 1, f"optimizer.{field}", value, "a decay rate lies in [0, 1)")
+        _require(self.eps > 0, "optimizer.eps", self.eps, "must be positive")
+        _require(self.weight_decay >= 0, "optimizer.weight_decay", self.weight_decay, "must not be negative")
+        clips = self.clip_norm is None or self.clip_norm > 0
+        _require(clips, "optimizer.clip_norm", self.clip_norm, "must be positive, or None for no clipping")
+        _require(self.warmup_steps >= 0, "optimizer.warmup_steps", self.warmup_steps, "must not be negative")
+        known = ("constant", "linear", "cosine")
+        _require(self.schedule in known, "optimizer.schedule", self.schedule, f"must be one of {', '.join(known)}")
+        _require(0 <= self.end_fraction <= 1, "optimizer.end_fraction", self.end_fraction, "lies in [0, 1]")
+
+    def learning_rate_schedule(self, total_steps: int) -> optax.Schedule:
+        """Learning rate of step 0, 1, ...: a linear warm-up whose first step is not zero, then the schedule.
+
+        Raises ValueError if the warm-up is not shorter than the run."""
+        _require(
+            self.warmup_steps < total_steps, "optimizer.warmup_steps", self.warmup_steps,
+            f"must be smaller than the number of steps of the run, {total_steps}",
+        )  # fmt: skip
+        peak, decay_steps = self.learning_rate, total_steps - self.warmup_steps
+        main = {
+            "constant": lambda: optax.constant_schedule(peak),
+            "linear": lambda: optax.linear_schedule(peak, peak * self.end_fraction, decay_steps),
+            "cosine": lambda: optax.cosine_decay_schedule(peak, decay_steps, self.end_fraction),
+        }[self.schedule]()
+        if not self.warmup_steps:
+            return main
+        warmup = optax.linear_schedule(peak / (self.warmup_steps + 1), peak, self.warmup_steps)
+        return optax.join_schedules([warmup, main], [self.warmup_steps])
+
+    def build(self, total_steps: int) -> optax.GradientTransformation:
+        """The optimiser of a run of `total_steps` steps."""
+        clip = optax.identity() if self.clip_norm is None else optax.clip_by_global_norm(self.clip_norm)
+        return optax.chain(
+            clip,
+            optax.scale_by_adam(self.b1, self.b2, self.eps),
+            optax.add_decayed_weights(self.weight_decay),
+            optax.scale_by_learning_rate(self.learning_rate_schedule(total_steps)),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Mesh:
+    """Devices along each axis of the mesh (see latentjax/sharding.py)."""
+
+    data: int = -1  # -1: all devices that the other axes leave
+    fsdp: int = 1
+    tensor: int = 1
+
+    def __post_init__(self):
+        for field in ("data", "fsdp", "tensor"):
+            value = getattr(self, field)
+            valid = value >= 1 or (field == "data" and value == -1)
+            _require(valid, f"mesh.{field}", value, "must be a positive number of devices")
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """One training run. How long it lasts is the method's curriculum (`method.stages()`)."""
+
+    name: str
+    task: Task
+    method: Method
+    optimizer: Optimizer = Optimizer()
+    mesh: Mesh = Mesh()
+    batch_size: int = 128  # examples of one optimiser step, all devices and microbatches together
+    accumulate: int = 1  # microbatches that a step is cut into
+    train_examples: int | None = None  # examples of one epoch; None: the whole released split
+    fresh_data: bool = False  # generate new training problems for every epoch instead of reading the same ones again
+    valid_split: str = "valid"
+    valid_examples: int | None = None  # None: the whole released split
+    validate_every: int = 1
+    validate_unit: Literal["epochs", "steps"] = "epochs"
+    validate_generation: bool = True  # also generate greedily and let the task judge; else the loss only
+    log_every: int = 10  # steps
+    checkpoint_every_steps: int = 1000  # besides one at every validation and one at the end
+    keep: int = 2  # latest checkpoints kept; the best one (validation accuracy in the last stage) is kept as well
+    ema: float | None = None  # decay of an average of the parameters, which validation and evaluation then use
+    init_from: str | None = None  # run whose parameters to start from: "RUN", "RUN@best" or "RUN@STEP"
+    seed: int = 0
+
+    def __post_init__(self):
+        named = bool(self.name) and not set(self.name) & set("/\\\0")
+        _require(named, "name", self.name, "must be a plain word that can name a folder")
+        _require(isinstance(self.task, Task), "task", self.task, "must be a latentjax Task")
+        _require(isinstance(self.method, Method), "method", self.method, "must be a latentjax Method")
+        _require_count(
+            self, "batch_size", "accumulate", "validate_every", "log_every", "checkpoint_every_steps", "keep"
+        )
+        _require_count(self, "seed", minimum=0)
+        for field in ("train_examples", "valid_examples"):
+            if getattr(self, field) is not None:
+                _require_count(self, field)
+        divides = self.batch_size % self.accumulate == 0
+        _require(divides, "accumulate", self.accumulate, f"must divide batch_size={self.batch_size}")
+        known = ("epochs", "steps")
+        _require(self.validate_unit in known, "validate_unit", self.validate_unit, "must be epochs or steps")
+        _require("test" not in self.valid_split, "valid_split", self.valid_split, "a test split cannot choose a model")
+        _require(self.ema is None or 0 < self.ema < 1, "ema", self.ema, "a decay rate lies in (0, 1), or None")
+        fresh = not self.fresh_data or self.train_examples is not None
+        _require(fresh, "train_examples", self.train_examples, "fresh_data needs the number of examples of an epoch")
+
+
+def to_json(value: Any, where: str = "config") -> Any:
+    """`value` as JSON types: a dataclass becomes its class path and its fields, a tuple a list.
+
+    Raises TypeError naming the field for anything that cannot be read back."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        path = f"{type(value).__module__}.{type(value).__qualname__}"
+        if not path.startswith(PACKAGES):
+            raise TypeError(
+                f"{where}: {path} is not a class of {' or '.join(PACKAGES)}, so a run could not read it back"
+            )
+        fields = {f.name: to_json(getattr(value, f.name), f"{where}.{f.name}") for f in dataclasses.fields(value)}
+        return {"class": path, **fields}
+    if isinstance(value, tuple | list):
+        return [to_json(item, f"{where}[{i}]") for i, item in enumerate(value)]
+    if isinstance(value, Mapping) and all(isinstance(key, str) for key in value) and "class" not in value:
+        return {key: to_json(item, f"{where}.{key}") for key, item in value.items()}
+    if value is None or isinstance(value, bool | int | str) or (isinstance(value, float) and math.isfinite(value)):
+        return value
+    raise TypeError(f"{where}={value!r}: a {type(value).__name__} cannot be written to a config file")
+
+
+def from_json(value: Any, where: str = "config") -> Any:
+    """What `to_json` wrote; lists become tuples. Raises ValueError naming the place and what is wrong there."""
+    if isinstance(value, list):
+        return tuple(from_json(item, f"{where}[{i}]") for i, item in enumerate(value))
+    if not isinstance(value, dict):
+        return value
+    fields = {key: from_json(item, f"{where}.{key}") for key, item in value.items() if key != "class"}
+    if "class" not in value:
+        return fields
+    kind = _class(value["class"], where)
+    known = {field.name for field in dataclasses.fields(kind)}
+    if set(fields) != known:
+        wrong = [f"unknown: {name}" for name in sorted(set(fields) - known)]
+        wrong += [f"missing: {name}" for name in sorted(known - set(fields))]
+        raise ValueError(f"{where}: fields of {value['class']} differ from this version's ({', '.join(wrong)})")
+    return kind(**fields)
+
+
+def _class(path: str, where: str) -> Any:
+    module, _, name = path.rpartition(".")
+    if not path.startswith(PACKAGES):
+        raise ValueError(f"{where}.class={path!r}: only classes of {' and '.join(PACKAGES)} are made from a file")
+    try:
+        kind = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"{where}.class={path!r}: no such class ({error})") from error
+    if not (isinstance(kind, type) and dataclasses.is_dataclass(kind)):
+        raise ValueError(f"{where}.class={path!r}: is not a dataclass")
+    return kind
+
+
+def save_config(path: os.PathLike, experiment: Experiment) -> None:
+    """Write `experiment` as JSON. Raises TypeError naming a field that cannot be read back, writing nothing."""
+    text = json.dumps(to_json(experiment), indent=1)
+    pathlib.Path(path).write_text(text + "\n")
+
+
+def read_json(path: os.PathLike) -> Any:
+    """The JSON value in the file `path`. Raises ValueError naming file and place if it is malformed."""
+    try:
+        return json.loads(pathlib.Path(path).read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}:{error.lineno}: is not JSON ({error.msg})") from error
+
+
+def load_config(path: os.PathLike) -> Experiment:
+    """The experiment that `save_config` wrote. Raises FileNotFoundError, or ValueError saying what is wrong."""
+    experiment = from_json(read_json(path))
+    if not isinstance(experiment, Experiment):
+        raise ValueError(f"{path}: holds a {type(experiment).__name__}, not an Experiment")
+    return experiment
+
+
+def differences(old: Any, new: Any, where: str = "") -> list[str]:
+    """Fields in which two JSON forms of experiments differ, one line each: `optimizer.b2: 0.999 -> 0.98`."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        lines = []
+        for key in [*old, *(key for key in new if key not in old)]:
+            absent = "(absent)"
+            lines += differences(old.get(key, absent), new.get(key, absent), f"{where}.{key}" if where else key)
+        return lines
+    return [] if old == new else [f"{where}: {old!r} -> {new!r}"]

@@ -1,0 +1,153 @@
+"""The run directory: what is in it, how it is made, compared and read again.
+
+config.json        the experiment; a run continues only with the same one
+environment.json   versions, devices and git state at the start, and of every session that continued the run
+tokenizer/         the tokenizer, in its library's format
+metrics.jsonl      one record a line: training, validation, events
+tensorboard/       the same curves for TensorBoard
+checkpoints/       see latentjax/checkpoint.py
+eval/              what the evaluation program writes
+"""
+
+import dataclasses
+import datetime
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import subprocess
+import sys
+from typing import Any
+
+import jax
+
+from latentjax.checkpoint import Which, available_steps, load_params
+from latentjax.tokenizers import Tokenizer, WordTokenizer
+from train.config import Experiment, differences, load_config, read_json, save_config, to_json
+
+CONFIG, ENVIRONMENT, TOKENIZER, METRICS = "config.json", "environment.json", "tokenizer", "metrics.jsonl"
+_PACKAGES = ("latentjax", "jax", "jaxlib", "flax", "optax", "numpy", "orbax-checkpoint", "grain", "tokenizers")
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadedRun:
+    """A trained model: what made it, tokenizer, parameters (the moving average where one was kept), step."""
+
+    experiment: Experiment
+    tokenizer: Tokenizer
+    params: Any
+    step: int
+
+
+def load_run(path: str | os.PathLike, checkpoint: Which = "last") -> LoadedRun:
+    """Read a run directory; `checkpoint` is a step, "last", or "best" (validation accuracy in the last stage).
+
+    Parameters are arrays on the first device. Raises FileNotFoundError if `path` is no run or has no checkpoint,
+    ValueError listing the steps if it has not that one, and latentjax.checkpoint.DamagedCheckpoint."""
+    path = pathlib.Path(path)
+    if not (path / CONFIG).is_file():
+        raise FileNotFoundError(f"{path}: is not a run directory (it has no {CONFIG})")
+    experiment = load_config(path / CONFIG)
+    params, step = load_params(path, checkpoint, average=experiment.ema is not None)
+    return LoadedRun(experiment, WordTokenizer.load(path / TOKENIZER), params, step)
+
+
+def parse_source(source: str) -> tuple[pathlib.Path, Which]:
+    """The run and the checkpoint that `init_from` names: "RUN", "RUN@best", "RUN@STEP"."""
+    path, at, which = source.rpartition("@")
+    if not at:
+        return pathlib.Path(source), "last"
+    if which in ("last", "best"):
+        return pathlib.Path(path), which
+    if not which.isdecimal():
+        raise ValueError(f"init_from={source!r}: after '@' comes last, best or a step")
+    return pathlib.Path(path), int(which)
+
+
+def check_run(path: pathlib.Path, experiment: Experiment) -> bool:
+    """Whether `path` is a run of `experiment` to continue (True) or free for a new one (False). Writes nothing.
+
+    Raises ValueError listing the fields, old -> new, if it is a run of another experiment, and ValueError if something
+    else is there."""
+    if (path / CONFIG).is_file():
+        different = differences(read_json(path / CONFIG), to_json(experiment))
+        if different:
+            raise ValueError(
+                f"{path} is a run of another config; give a new --run, or the fields their old values:\n  "
+                + "\n  ".join(different)
+            )
+        return True
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ValueError(f"--run {path}: exists and is not a run directory (it has no {CONFIG})")
+    return False
+
+
+def open_run(path: pathlib.Path, experiment: Experiment, tokenizer: Tokenizer, **notes: Any) -> None:
+    """Make the run directory, or add a session to one that `check_run` approved. `notes` go into the environment."""
+    if jax.process_index() > 0:
+        return
+    path.mkdir(parents=True, exist_ok=True)
+    if not (path / CONFIG).exists():
+        partial = path / (CONFIG + ".partial")
+        save_config(partial, experiment)
+        partial.rename(path / CONFIG)  # whole or absent: it is what makes the folder a run
+    if not (path / TOKENIZER).exists():
+        tokenizer.save(path / TOKENIZER)
+    session = environment() | notes
+    file = path / ENVIRONMENT
+    record = read_json(file) | {} if file.exists() else session | {"continued": []}
+    if file.exists():
+        record["continued"].append(session | {"from_step": max(available_steps(path), default=0)})
+    partial = file.with_suffix(".partial")
+    partial.write_text(json.dumps(record, indent=1) + "\n")
+    partial.rename(file)
+
+
+def environment() -> dict[str, Any]:
+    """Versions, devices, git state, command and time, as JSON types."""
+    versions = {}
+    for name in _PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = None  # a clone that is not installed
+    devices = jax.devices()
+    return {
+        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": sys.argv,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "versions": versions,
+        "backend": jax.default_backend(),
+        "devices": [device.device_kind for device in devices],
+        "processes": jax.process_count(),
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
+        "git": _git_state(),
+    }
+
+
+def _git_state() -> dict[str, Any] | None:
+    """Commit of the code that runs, and whether the files differ from it; None outside a git checkout."""
+    folder = pathlib.Path(__file__).resolve().parent
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=True
+        ).stdout.strip()  # fmt: skip
+
+    try:
+        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def enable_compilation_cache() -> None:
+    """Keep compiled programs on disk between runs, in ~/.cache/latentjax/xla; JAX's own environment variables win."""
+    settings = {
+        "jax_compilation_cache_dir": str(pathlib.Path("~/.cache/latentjax/xla").expanduser()),
+        "jax_persistent_cache_min_compile_time_secs": 0.2,
+    }
+    for name, value in settings.items():
+        if not os.environ.get(name.upper()):
+            jax.config.update(name, value)
