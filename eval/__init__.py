@@ -1,0 +1,1 @@
+"""The evaluation program: accuracy with intervals, costs, controls and plots of trained runs."""

@@ -1,0 +1,220 @@
+"""Command line of the evaluation program.
+
+Everything that can be wrong with a request is found before anything is written or compiled; such an error is one line
+on standard error and exit code 2.
+"""
+
+import dataclasses
+import json
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import jax
+import tyro
+from rich.console import Console
+
+from eval.evaluate import Evaluation, check_split, evaluate_split
+from eval.plots import plot_accuracies, plot_forced_thoughts
+from eval.report import Row, accuracy_table, cost_table, log_test_use, save_results, seed_lines
+from latentjax.rollout import Sampling
+from latentjax.tasks.base import Example
+from train.cli import BAD_INPUT, reject_assignments
+from train.run import LoadedRun, enable_compilation_cache, load_run
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Evaluate trained runs: accuracy with 95% Wilson intervals, unparsable answers, costs; saves every prediction.
+
+    Writes RUN/eval/SPLIT-CHECKPOINT[-kK|-curve].json, the predictions beside it as .jsonl, and plots as .png. Earlier
+    results are kept: a second evaluation gets a numbered name. Each use of a test split is logged in
+    RUN/eval/test_uses.jsonl before it happens.
+    """
+
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    """Run directories."""
+    split: str = "valid"
+    """Split of the run's task."""
+    count: int | None = None
+    """Number of problems. A generated split needs one; a published split is whole without."""
+    batch: int = 64
+    """Problems per call."""
+    thoughts: int | Literal["best"] | None = None
+    """Number of thoughts instead of the method's own; "best": the most accurate one of the run's newest forced-k curve
+    on the experiment's validation split at the same checkpoint (the smallest of equals)."""
+    forced_k: int | None = None
+    """Evaluate with 0, 1, ..., FORCED_K thoughts and plot the curve."""
+    checkpoint: str = "last"
+    """last, best (by validation during training) or a step."""
+    temperature: float = 0.0
+    """0 decodes greedily."""
+    top_k: int = 0
+    """Sample from the k most probable tokens; 0: from all."""
+    top_p: float = 1.0
+    """Sample from the smallest set of tokens with this probability."""
+    min_p: float = 0.0
+    """Sample from tokens at least this probable relative to the best."""
+    seed: int = 0
+    """Of sampling."""
+    data_seed: int = 0
+    """Of a generated split: runs evaluated with the same seed see the same problems."""
+    device_time: bool = False
+    """Also measure seconds per problem, at this batch and at batch 1."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """One run, loaded and checked: what will be evaluated."""
+
+    path: Path
+    run: LoadedRun
+    examples: Sequence[Example]
+    thoughts: tuple[int | None, ...]  # requested numbers; None: the method's own
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the program; returns its exit code."""
+    console = Console()
+    try:
+        options = parse(arguments)
+        enable_compilation_cache()
+        requests = [prepare(path, options) for path in options.runs]
+    except (ValueError, KeyError, OSError) as error:
+        message = error.args[0] if isinstance(error, KeyError) and error.args else error
+        print(f"error: {message}", file=sys.stderr)
+        return BAD_INPUT
+    command = shlex.join(["python", "-m", "eval", *arguments])
+    done = [(request, evaluate_request(request, options, command)) for request in requests]
+    rows = [
+        _row(request, options.split, k, evaluation)
+        for request, (_, evaluations) in done
+        for k, evaluation in evaluations.items()
+    ]
+    console.print(accuracy_table(rows, f"{options.split}, checkpoint {options.checkpoint}"))
+    console.print(cost_table(rows, "means per problem"))
+    for line in seed_lines(rows):
+        console.print(line)
+    for path in [path for _, (path, _) in done] + _plot(done, rows, options):
+        console.print(f"wrote {path}", soft_wrap=True)
+    return 0
+
+
+def parse(arguments: Sequence[str]) -> Options:
+    """Options of a command line.
+
+    Raises ValueError for `field=value` words and values out of range; what tyro rejects (unknown fields, wrong types)
+    leaves by SystemExit with code 2 and a message on standard error."""
+    reject_assignments(arguments)
+    options = tyro.cli(Options, args=arguments, prog="python -m eval")
+    if not options.runs:
+        raise ValueError("runs: name at least one run directory")
+    if options.thoughts is not None and options.forced_k is not None:
+        raise ValueError(f"thoughts={options.thoughts} and forced_k={options.forced_k}: give one of them")
+    for field in ("count", "batch"):
+        if (value := getattr(options, field)) is not None and value < 1:
+            raise ValueError(f"{field}={value}: an evaluation needs at least 1")
+    if options.forced_k is not None and options.forced_k < 0:
+        raise ValueError(f"forced_k={options.forced_k}: must not be negative")
+    _sampling(options)
+    return options
+
+
+def prepare(path: Path, options: Options) -> Request:
+    """Load a run and check that it can be evaluated as asked; compiles and writes nothing."""
+    run = load_run(path, checkpoint=options.checkpoint)
+    task, method = run.experiment.task, run.experiment.method
+    examples = task.examples(options.split, count=options.count, seed=options.data_seed)
+    if options.count is not None and len(examples) != options.count:
+        raise ValueError(f"count={options.count}: split {options.split!r} of {task.name} has {len(examples)} problems")
+    if options.forced_k is not None:
+        numbers: tuple[int | None, ...] = tuple(range(options.forced_k + 1))
+    elif options.thoughts == "best":
+        numbers = (best_thoughts(path, run.experiment.valid_split, run.step),)
+    else:
+        numbers = (options.thoughts,)
+    # The largest number needs the most positions.
+    check_split(
+        method, run.params, task, run.tokenizer, examples, batch_size=options.batch, thoughts=numbers[-1],
+        sampling=_sampling(options),
+    )  # fmt: skip
+    return Request(path, run, examples, numbers)
+
+
+def best_thoughts(path: Path, split: str, step: int) -> int:
+    """The most accurate number of thoughts of the newest forced-k curve on the validation split `split` at `step`.
+
+    Of equals the smallest. Raises ValueError if there is no such curve."""
+    newest: list[Mapping[str, Any]] = []
+    for file in sorted((path / "eval").glob("*-curve*.json"), key=lambda file: file.stat().st_mtime_ns):
+        content = json.loads(file.read_text())
+        if content["split"] == split and content["step"] == step:
+            newest = content["results"]
+    if not newest:
+        raise ValueError(
+            f"thoughts=best: {path} has no forced-k curve on {split} at step {step}; first run "
+            f"python -m eval {path} --split {split} --forced-k K"
+        )
+    return max(newest, key=lambda result: (result["accuracy"], -result["requested_thoughts"]))["requested_thoughts"]
+
+
+def evaluate_request(request: Request, options: Options, command: str) -> tuple[Path, dict[int | None, Evaluation]]:
+    """Log the use of test data, evaluate every requested number of thoughts, save; returns the result file as well."""
+    run, experiment = request.run, request.run.experiment
+    sampling = _sampling(options)
+    log_test_use(
+        request.path, split=options.split, checkpoint=options.checkpoint, step=run.step,
+        thoughts=list(request.thoughts), command=command,
+    )  # fmt: skip
+    evaluations = {
+        k: evaluate_split(
+            experiment.method, run.params, experiment.task, run.tokenizer, request.examples, batch_size=options.batch,
+            key=jax.random.key(options.seed), thoughts=k, sampling=sampling, time=options.device_time,
+        )
+        for k in request.thoughts
+    }  # fmt: skip
+    header = {
+        "run": experiment.name, "method": experiment.method.name, "task": experiment.task.name,
+        "training_seed": experiment.seed, "split": options.split, "checkpoint": options.checkpoint, "step": run.step,
+        "count": len(request.examples), "data_seed": options.data_seed, "seed": options.seed, "batch": options.batch,
+        "sampling": dataclasses.asdict(sampling), "device": jax.devices()[0].device_kind, "jax": jax.__version__,
+        "command": command,
+    }  # fmt: skip
+    return save_results(request.path / "eval", _stem(request, options), header, evaluations), evaluations
+
+
+def _sampling(options: Options) -> Sampling:
+    """Raises ValueError naming a value out of range."""
+    return Sampling(options.temperature, options.top_k, options.top_p, options.min_p)
+
+
+def _stem(request: Request, options: Options) -> str:
+    stem = f"{options.split}-{options.checkpoint}"
+    if options.forced_k is not None:
+        return f"{stem}-curve"
+    return stem if request.thoughts[0] is None else f"{stem}-k{request.thoughts[0]}"
+
+
+def _row(request: Request, split: str, thoughts: int | None, evaluation: Evaluation) -> Row:
+    experiment = request.run.experiment
+    name = request.path.name if thoughts is None else f"{request.path.name}, k={thoughts}"
+    return Row(name, experiment.name, experiment.method.name, experiment.seed, split, thoughts, evaluation)
+
+
+def _plot(
+    done: Sequence[tuple[Request, tuple[Path, dict[int | None, Evaluation]]]], rows: Sequence[Row], options: Options
+) -> list[Path]:
+    """A forced-k curve per run, or the accuracies of all runs together beside the first run's result."""
+    title = f"{options.split}, checkpoint {options.checkpoint}"
+    if options.forced_k is None:
+        path = done[0][1][0].with_suffix(".png")
+        plot_accuracies(rows, path, title)
+        return [path]
+    written = []
+    for request, (path, evaluations) in done:
+        curve = {k: evaluation for k, evaluation in evaluations.items() if k is not None}
+        plot_forced_thoughts({request.path.name: curve}, path.with_suffix(".png"), title)
+        written.append(path.with_suffix(".png"))
+    return written
