@@ -48,13 +48,15 @@ def plot_forced_thoughts(curves: Mapping[str, Mapping[int, Evaluation]], path: P
 
 def plot_training(curves: Mapping[str, tuple[Sequence[int], Sequence[float]]], path: Path, title: str) -> None:
     """Training loss against optimiser steps on a logarithmic axis, one line per run: name -> (steps, losses)."""
-    figure, axes = _canvas()
-    for name, (steps, losses) in curves.items():
-        axes.plot(steps, losses, label=name, linewidth=1)
+    figure, axes = _canvas(width=8.0)
+    colors, styles = 10, ("-", "--", ":", "-.")
+    for number, (name, (steps, losses)) in enumerate(curves.items()):
+        style = styles[number // colors % len(styles)]
+        axes.plot(steps, losses, style, label=name, linewidth=1, color=f"C{number % colors}")
     axes.set_yscale("log")
     axes.set_xlabel("optimiser step")
     axes.set_ylabel("training loss (nats per target token)")
-    axes.legend()
+    figure.legend(loc="outside right upper", fontsize=8)  # beside the curves: there is no empty corner
     axes.set_title(title)
     _save(figure, path)
 
