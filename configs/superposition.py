@@ -5,7 +5,8 @@ Paper: Reasoning by Superposition (arXiv 2505.12514), released config symbol-2la
     3 or 4 hops, 300 epochs, batch 256, AdamW 1e-4 constant, weight decay 0.01. Betas (0.9, 0.95) as the paper says; the
     released code has PyTorch's (0.9, 0.999). Matrix products in bfloat16; parameters, softmax, norms and loss in float32.
 Hardware: one GPU with at least 24 GB (about 4.5e16 floating-point operations for the Coconut arm), or more with --mesh.data.
-Time: not measured on a GPU yet; the authors report about 24 hours on two A100 for their code.
+Time: not measured on a GPU; run at small size only (docs/results.md). The authors report about 24 hours on two A100 for
+    their code.
 Expected: accuracy at least 0.97 on generated_test and 0.95 on the released test (419 problems). Published: near-perfect
     (figure), 0.962 with shuffled ids; CoT and direct answers about 0.75.
 Command: python -m train configs/superposition.py --arm Coconut --stop-after-minutes 9, repeated until the run is complete (each
