@@ -39,6 +39,7 @@ def plot_forced_thoughts(curves: Mapping[str, Mapping[int, Evaluation]], path: P
             note = f"{e.answer_tokens:.1f} tokens"
             axes.annotate(note, (k, 100 * e.accuracy), (0, -16), textcoords="offset points", ha="center", fontsize=7)
     axes.set_xticks(sorted({k for curve in curves.values() for k in curve}))
+    axes.margins(x=0.12)  # room for the notes of the outermost points
     axes.set_xlabel("forced number of thoughts")
     axes.legend()
     _percent_axis(axes)
