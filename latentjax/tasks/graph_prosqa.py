@@ -5,7 +5,8 @@ Steps: the vertices v_1 .. v_l of a shortest path, the last of which is the targ
 code opens the question with its end-of-sequence token; here `<s>` is a word of its own.
 
 Splits "valid" (257) and "test" (419) are the released files of problems with 3 or 4 hops, "test_shuffled" the release
-of the same test problems with permuted vertex ids. Edges and candidates stand in the order of the statements and
+of the same test problems with permuted vertex ids; "prosqa_valid" (300) and "prosqa_test" (500) are the problems of 3 to 6
+hops that ProsQA was released with, as symbols. Edges and candidates stand in the order of the statements and
 options of the released natural-language question. "train", "generated_valid" and "generated_test" are generated,
 disjoint as in ProsQA."""
 
@@ -28,6 +29,8 @@ _FILES = {
     "valid": "prosqa_valid_graph_4_coconut.json",
     "test": "prosqa_test_graph_4_coconut.json",
     "test_shuffled": "prosqa_test_graph_4_shuffled_with_bfs.json",
+    "prosqa_valid": "prosqa_valid.json",
+    "prosqa_test": "prosqa_test.json",
 }
 _LAYERS = ("neighbor_k", "frontier_k", "reachable_k")
 
@@ -42,7 +45,7 @@ class GraphProsQA(Task):
     at distance exactly j, reachable_k[j] at distance at most j."""
 
     splits: ClassVar[tuple[str, ...]] = (
-        "train", "valid", "test", "test_shuffled", "generated_valid", "generated_test",
+        "train", "valid", "test", "test_shuffled", "prosqa_valid", "prosqa_test", "generated_valid", "generated_test",
     )  # fmt: skip
     format: ClassVar[Format] = Format(question="{}", step="{}", answer="[A] {}")
 
@@ -59,7 +62,7 @@ class GraphProsQA(Task):
     def examples(self, split: str, *, count: int | None = None, seed: int = 0) -> Sequence[Example]:
         self._check_split(split)
         if split in _FILES:
-            return first(read_records(locate(_FILES[split]), RECORD | {"neighbor_k": dict}, _parse), count, split)
+            return first(read_records(locate(_FILES[split]), _record(split), _parse), count, split)
         problems, _ = draw_problems(GENERATED[split], count, seed, released_hashes(), self._accepts)
         rng = split_rng(f"{split} text", seed)
         return [self.augment(_plain(problem), rng) for problem in problems]
@@ -104,6 +107,11 @@ class GraphProsQA(Task):
             return Verdict(Reason.RIGHT, answer)
         other = answer == str(example.meta["neg_target"])
         return Verdict(Reason.WRONG, answer, "the other candidate" if other else "no candidate")
+
+
+def _record(split: str) -> dict[str, type]:
+    """Fields of a released problem; the files of ProsQA itself have no vertex sets."""
+    return RECORD if split.startswith("prosqa") else RECORD | {"neighbor_k": dict}
 
 
 def _question(edges: Sequence[Sequence[int]], candidates: Sequence[int], root: int) -> str:
@@ -168,7 +176,8 @@ def _parse(record: Mapping[str, Any]) -> Example:
         raise ValueError("field 'question' does not state the graph of field 'edges'")
     problem = dataclasses.replace(released, edges=edges)
     example = _plain(problem, candidates, path)
-    _check_layers(record, "neighbor_k", example.meta["neighbor_k"])
+    if "neighbor_k" in record:
+        _check_layers(record, "neighbor_k", example.meta["neighbor_k"])
     if "bfs_neighbor_k" in record:
         _check_layers(record, "bfs_neighbor_k", example.meta["frontier_k"])
     return example
