@@ -76,4 +76,4 @@ def arm(name: str, seed: int = 0) -> Experiment:
     )
 
 
-config = arm("Coconut")
+config = arm("WarmUp")  # the other arms start from its run

@@ -109,9 +109,9 @@ class GraphProsQA(Task):
         return Verdict(Reason.WRONG, answer, "the other candidate" if other else "no candidate")
 
 
-def _record(split: str) -> dict[str, type]:
+def _record(split: str) -> Mapping[str, type]:
     """Fields of a released problem; the files of ProsQA itself have no vertex sets."""
-    return RECORD if split.startswith("prosqa") else RECORD | {"neighbor_k": dict}
+    return {**RECORD} if split.startswith("prosqa") else {**RECORD, "neighbor_k": dict}
 
 
 def _question(edges: Sequence[Sequence[int]], candidates: Sequence[int], root: int) -> str:
