@@ -138,7 +138,7 @@ def prepare(path: Path, options: Options) -> Request:
     # The largest number needs the most positions.
     check_split(
         method, run.params, task, run.tokenizer, examples, batch_size=options.batch, thoughts=numbers[-1],
-        sampling=_sampling(options),
+        sampling=_sampling(options), chat=run.experiment.chat,
     )  # fmt: skip
     return Request(path, run, examples, numbers)
 
@@ -172,6 +172,7 @@ def evaluate_request(request: Request, options: Options, command: str) -> tuple[
         k: evaluate_split(
             experiment.method, run.params, experiment.task, run.tokenizer, request.examples, batch_size=options.batch,
             key=jax.random.key(options.seed), thoughts=k, sampling=sampling, time=options.device_time,
+            chat=experiment.chat,
         )
         for k in request.thoughts
     }  # fmt: skip

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jaxtyping import Float, Int
 
 from latentjax.methods.base import Method, Prompts
@@ -85,6 +86,8 @@ def evaluate_split(
     intervention: Intervention | None = None,
     time: bool = False,
     keep_vectors: bool = False,
+    chat: bool = False,
+    sharding: jax.sharding.NamedSharding | None = None,
 ) -> Evaluation:
     """Generate an answer to each of `examples` and judge it.
 
@@ -100,11 +103,14 @@ def evaluate_split(
         time: also measure wall clock, compilation excluded: the median of `TIMED_CALLS` calls of the first full batch,
             and the median over `TIMED_PROBLEMS` problems (the first ones, repeated if there are fewer) at batch 1.
         keep_vectors: also return the thoughts of all problems in `Evaluation.vectors`.
+        chat: write questions with the tokenizer's chat template, as a run of an experiment with `chat` was trained.
+        sharding: how a batch of problems is split over devices, on which `params` are too. With several processes all of
+            them make the same call and get the same result. None: one device.
 
     Raises:
         ValueError: before anything is compiled; see `encode_prompts`.
     """
-    prompts = encode_prompts(method, Codec(tokenizer, task.format), examples, thoughts)
+    prompts = encode_prompts(method, Codec(tokenizer, task.format, chat), examples, thoughts)
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size}: must be at least 1")
     call = functools.partial(_generate, method, params, sampling=sampling)
@@ -112,7 +118,8 @@ def evaluate_split(
     vectors: list[np.ndarray] = []
     for number, rows in enumerate(_batches(len(examples), batch_size)):
         batch_key = jax.random.fold_in(key, number)
-        generation = jax.device_get(call(_take(prompts, rows), batch_key, _take_intervention(intervention, rows)))
+        asked, edits = _take(prompts, rows), _take_intervention(intervention, rows)
+        generation = _gather(call(_split(asked, sharding), batch_key, edits))
         kept = min(batch_size, len(examples) - number * batch_size)
         predictions += _judge(task, tokenizer, [examples[i] for i in rows[:kept]], generation)
         if keep_vectors:
@@ -131,9 +138,10 @@ def check_split(
     batch_size: int,
     thoughts: int | None = None,
     sampling: Sampling = Sampling(),
+    chat: bool = False,
 ) -> None:
     """Raise the ValueErrors that `evaluate_split` would raise, method's own included, without compiling anything."""
-    prompts = encode_prompts(method, Codec(tokenizer, task.format), examples, thoughts)
+    prompts = encode_prompts(method, Codec(tokenizer, task.format, chat), examples, thoughts)
     batch = _take(prompts, np.arange(batch_size) % len(examples))
     _generate.eval_shape(method, params, batch, jax.random.key(0), None, sampling=sampling)
 
@@ -193,6 +201,26 @@ def _batches(n: int, size: int) -> Iterator[Int[np.ndarray, "B"]]:
 def _take(tree: Any, rows: Int[np.ndarray, "B"]) -> Any:
     """The given rows of every array; scalars (token ids) stay."""
     return jax.tree.map(lambda leaf: leaf if np.ndim(leaf) == 0 else leaf[rows], tree)
+
+
+def _split(prompts: Prompts, sharding: jax.sharding.NamedSharding | None) -> Prompts:
+    """Every array but scalars, which all processes know, split as `sharding` says."""
+    if sharding is None:
+        return prompts
+
+    def split(leaf: np.ndarray) -> Any:
+        if np.ndim(leaf) == 0:
+            return leaf
+        return jax.make_array_from_callback(np.shape(leaf), sharding, lambda index: leaf[index])
+
+    return jax.tree.map(split, prompts)
+
+
+def _gather(generation: Generation) -> Generation:
+    """`generation` as numpy arrays, from all processes."""
+    if jax.process_count() == 1:
+        return jax.device_get(generation)
+    return multihost_utils.process_allgather(generation, tiled=True)
 
 
 def _take_intervention(intervention: Intervention | None, rows: Int[np.ndarray, "B"]) -> Intervention | None:

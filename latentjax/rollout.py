@@ -23,6 +23,7 @@ from latentjax.backbone.attention import MaskSpec
 from latentjax.backbone.cache import KVCache
 from latentjax.backbone.config import BackboneConfig
 from latentjax.sampling import Sampling, log_probability, sample
+from latentjax.scan import deferred_scan
 
 MAIN = "main"  # the context whose hidden state and logits a source sees
 
@@ -66,7 +67,7 @@ class Proposal:
     """
 
     inputs: Any  # [B, S, W]
-    token: Any  # int32 [B]: the token of TEXT and MIXED rows
+    token: Any  # int32 [B]: the token of TEXT and MIXED rows; None from a source that has neither
     kind: Any  # int32 [B]
     valid: Any  # bool [B, S]: which slots are committed
     done: Any  # bool [B]: this row asks for nothing more
@@ -259,10 +260,11 @@ def advance(
     proposal = source.next(state.carry, hidden, backbone.head(hidden), look, source_key)
     thinks = (proposal.kind == Kind.THOUGHT) | (proposal.kind == Kind.MIXED)
     inputs, replace = _intervene(intervention, proposal, thinks, state.count, stacked=backbone.config.scans_layers)
-    token_vectors = backbone.embed(proposal.token)[:, None]
-    vectors = jnp.where(
-        (proposal.kind == Kind.TEXT)[:, None, None], token_vectors, source.project(inputs).astype(hidden.dtype)
-    )
+    vectors, token = source.project(inputs).astype(hidden.dtype), proposal.token
+    if token is None:  # and no look-up either: its gradient would be a table [V, D] of zeros for every thought
+        token = jnp.zeros_like(proposal.kind)
+    else:
+        vectors = jnp.where((proposal.kind == Kind.TEXT)[:, None, None], backbone.embed(token)[:, None], vectors)
     adopted = proposal.candidate if intervention is None else {}
 
     def commit(name: str, context: Context) -> Peeked:
@@ -294,7 +296,7 @@ def advance(
     if "kv" in record:
         recorded["kv"] = caches.slot_major(committed[MAIN].kv, stacked=backbone.config.scans_layers)
     log_prob = jnp.zeros(used.shape, jnp.float32) if proposal.log_prob is None else proposal.log_prob
-    step = Step(proposal.token, proposal.kind, log_prob, inputs, proposal.valid, recorded)
+    step = Step(token, proposal.kind, log_prob, inputs, proposal.valid, recorded)
     return State(contexts, proposal.carry, proposal.done, state.count + proposal.valid.shape[1], cost), step
 
 
@@ -368,7 +370,9 @@ def run(
         return put(state, nothing), step
 
     if not until_done:
-        state, recorded = jax.lax.scan(body, put(state, nothing), keys)
+        # On CPU, at the sizes that run there, memory traffic is no limit and the extra forward passes are.
+        scan = deferred_scan if train and backbone.config.target_platform != "cpu" else jax.lax.scan
+        state, recorded = scan(body, put(state, nothing), keys)
         return put(state, frozen_parts), recorded
     shapes = jax.eval_shape(body, put(state, nothing), keys[0])[1]
     buffers = jax.tree.map(lambda x: jnp.zeros((steps, *x.shape), x.dtype), shapes)

@@ -1,4 +1,5 @@
 import gc
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -6,10 +7,14 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from latentjax import checkpoint
 from latentjax.checkpoint import (
     FOLDER,
+    RECORD,
     Checkpoints,
     DamagedCheckpoint,
+    NotSaved,
+    OtherArrays,
     available_steps,
     fingerprint,
     load_params,
@@ -114,19 +119,22 @@ def test_parameters_are_read_alone(tmp_path):
     assert _same(params, _items(3)["params"])
 
 
-@pytest.mark.parametrize("name", ["params", "rest"])
-@pytest.mark.parametrize("damage", ["truncated", "missing", "flipped"])
-def test_a_damaged_checkpoint_is_set_aside_loudly(tmp_path, name, damage):
-    _write(tmp_path)
-    file = _data_files(tmp_path, 3, name)
+def _damage(file, damage, rng):
     content = bytearray(file.read_bytes())
     if damage == "missing":
         file.unlink()
     elif damage == "truncated":
-        file.write_bytes(content[: len(content) // 2])
+        file.write_bytes(content[: int(rng.integers(len(content)))])
     else:
-        content[len(content) // 2] ^= 0x10
+        content[int(rng.integers(len(content)))] ^= 1 << int(rng.integers(8))
         file.write_bytes(content)
+
+
+@pytest.mark.parametrize("name", ["params", "rest"])
+@pytest.mark.parametrize("damage", ["truncated", "missing", "flipped"])
+def test_a_damaged_checkpoint_is_set_aside_loudly(tmp_path, name, damage):
+    _write(tmp_path)
+    _damage(_data_files(tmp_path, 3, name), damage, np.random.default_rng(0))
     lines = []
     with Checkpoints(tmp_path, keep=9, report=lines.append) as checkpoints:
         restored = checkpoints.load_latest(_shapes())
@@ -141,9 +149,117 @@ def test_a_damaged_checkpoint_is_set_aside_loudly(tmp_path, name, damage):
     assert _same(load_params(tmp_path)[0], _items(3)["params"])
 
 
-def test_changed_arrays_that_still_can_be_read_are_noticed(tmp_path):
-    """Another checkpoint's arrays under this one's record: nothing but the checksum can tell."""
+def _damages_noticed(tmp_path, flips, rng):
+    """Damage every file of a checkpoint in turn; the numbers of damages and of those that made an earlier one load."""
+    whole = tmp_path / "whole"
+    _write(whole, steps=(1, 2), accuracies={1: 0.25, 2: 0.5})
+    newest = whole / FOLDER / "2"
+    tried = noticed = 0
+    for name in sorted(str(file.relative_to(newest)) for file in newest.rglob("*") if file.is_file()):
+        for damage in ("missing", "truncated", *("flipped",) * flips):
+            run, lines = tmp_path / "run", []
+            shutil.copytree(whole, run)
+            _damage(run / FOLDER / "2" / name, damage, rng)
+            with Checkpoints(run, report=lines.append) as checkpoints:
+                restored = checkpoints.load_latest(_shapes())
+            tried, fell_back = tried + 1, restored.step == 1
+            noticed += fell_back
+            assert dict(restored.record) == {"iterator": {"next_index": restored.step}}
+            assert _same(dict(restored.items), _items(restored.step))
+            assert fell_back == bool(lines), (name, damage)
+            # What Orbax writes after the record: a mark that is not read, and times and class names beside the items.
+            assert fell_back or name in ("commit_success.txt", "_CHECKPOINT_METADATA"), (name, damage)
+            shutil.rmtree(run)
+    return tried, noticed
+
+
+def test_damage_of_any_file_is_noticed(tmp_path):
+    tried, noticed = _damages_noticed(tmp_path, 1, np.random.default_rng(0))
+    assert tried >= 3 * 19
+    assert noticed >= tried - 4  # the mark, and one bit
+
+
+@pytest.mark.slow
+def test_any_flipped_bit_of_any_file_is_noticed(tmp_path, capsys):
+    tried, noticed = _damages_noticed(tmp_path, 20, np.random.default_rng(1))
+    with capsys.disabled():
+        print(f"\n{tried} damages, {noticed} noticed, 0 loaded with another content")
+
+
+def test_a_damaged_record_neither_hides_the_best_checkpoint_nor_changes_it(tmp_path):
+    _write(tmp_path, steps=(1, 2, 3), accuracies={1: 0.1, 2: 0.9, 3: 0.5})
+    record = tmp_path / FOLDER / "3" / RECORD
+    record.write_text(record.read_text().replace("0.5", "0.95"))
+    with pytest.raises(DamagedCheckpoint, match="record.json is not as it was saved"):
+        load_params(tmp_path, "best")
+    lines = []
+    with Checkpoints(tmp_path, report=lines.append):
+        assert len(lines) == 1
+    assert load_params(tmp_path, "best")[1] == 2
+
+
+def test_an_empty_checkpoint_folder_is_a_damaged_one(tmp_path):
     _write(tmp_path)
+    (tmp_path / FOLDER / "4").mkdir()
+    lines = []
+    with Checkpoints(tmp_path, report=lines.append) as checkpoints:
+        assert checkpoints.load_latest(_shapes()).step == 3
+    assert "checkpoints/4 cannot be read" in lines[0]
+
+
+def test_what_an_interrupted_deletion_left_is_removed(tmp_path):
+    _write(tmp_path)
+    (tmp_path / FOLDER / "1" / RECORD).unlink()
+    lines = []
+    with Checkpoints(tmp_path, keep=2, report=lines.append) as checkpoints:
+        assert checkpoints.steps() == [2, 3]
+    assert [line.split("checkpoints/")[1] for line in lines] == ["1 was being deleted: the rest of it is gone now"]
+    assert not list((tmp_path / FOLDER).glob("damaged-*"))
+
+
+def test_an_old_checkpoint_with_a_flipped_bit_is_not_taken_for_that(tmp_path):
+    _write(tmp_path)
+    _damage(tmp_path / FOLDER / "1" / RECORD, "flipped", np.random.default_rng(0))
+    lines = []
+    with Checkpoints(tmp_path, keep=2, report=lines.append) as checkpoints:
+        assert checkpoints.steps() == [2, 3]
+    assert "DAMAGED CHECKPOINT" in lines[0] and (tmp_path / FOLDER / "damaged-1").is_dir()
+
+
+def test_arrays_of_another_architecture_are_listed_and_nothing_is_moved(tmp_path):
+    _write(tmp_path)
+    like = _shapes()
+    like["params"] |= {"b": like["params"]["a"]["w"], "new": like["params"]["b"]}
+    with Checkpoints(tmp_path) as checkpoints:
+        with pytest.raises(OtherArrays) as caught:
+            checkpoints.load_latest(like)
+        assert checkpoints.steps() == [1, 2, 3]
+    assert "params/b: int32[1] in the checkpoint, float32[40,30] here" in str(caught.value)
+    assert "params/new: absent in the checkpoint, int32[1] here" in str(caught.value)
+
+
+def test_a_checkpoint_that_cannot_be_written_names_the_path_and_leaves_the_others(tmp_path, monkeypatch):
+    _write(tmp_path, steps=(1, 2))
+    checkpoints = Checkpoints(tmp_path)
+    monkeypatch.setattr(Checkpoints, "_seal", lambda self: _raise(OSError(28, "No space left on device")))
+    checkpoints.save(3, _items(3), {})
+    with pytest.raises(NotSaved, match=r"checkpoints/3 could not be written.*No space left.*steps 1, 2"):
+        checkpoints.close()
+    monkeypatch.undo()
+    with Checkpoints(tmp_path) as checkpoints:
+        assert _same(dict(checkpoints.load_latest(_shapes()).items), _items(2))
+        checkpoints.save(3, _items(3), {})
+    assert available_steps(tmp_path) == [2, 3]
+
+
+def _raise(error):
+    raise error
+
+
+def test_changed_arrays_that_still_can_be_read_are_noticed(tmp_path, monkeypatch):
+    """Another checkpoint's arrays under this one's record: where files are too large, only the arrays' checksum can tell."""
+    _write(tmp_path)
+    monkeypatch.setattr(checkpoint, "_check_files", lambda *_: None)
     (tmp_path / FOLDER / "3" / "params").rename(tmp_path / "elsewhere")
     (tmp_path / FOLDER / "2" / "params").rename(tmp_path / FOLDER / "3" / "params")
     with pytest.raises(DamagedCheckpoint, match="params has checksum"):
@@ -178,10 +294,11 @@ def test_sharded_arrays_keep_their_sharding_and_load_on_one_device(tmp_path):
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(1, {"params": {"w": w}}, {})
         checkpoints.wait()
-        like = {"params": {"w": jax.ShapeDtypeStruct((8, 4), jnp.float32, sharding=split)}}
-        found = checkpoints.load(1, like).items["params"]["w"]
-    assert found.sharding == split
-    np.testing.assert_array_equal(found, w)
+        for other in (split, NamedSharding(make_mesh(1, 2, 4), PartitionSpec("fsdp", "tensor"))):
+            like = {"params": {"w": jax.ShapeDtypeStruct((8, 4), jnp.float32, sharding=other)}}
+            found = checkpoints.load(1, like).items["params"]["w"]
+            assert found.sharding == other
+            np.testing.assert_array_equal(found, w)
     alone, _ = load_params(tmp_path)
     assert len(alone["w"].devices()) == 1
     np.testing.assert_array_equal(alone["w"], w)

@@ -1,11 +1,12 @@
 """The closed-vocabulary tokenizers: round trips, errors, the saved form, and the codec."""
 
 import pytest
+import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 
 from latentjax.tasks.base import Example, Format
-from latentjax.tokenizers import END_THOUGHTS, EOS, PAD, START_THOUGHTS, Codec, WordTokenizer
+from latentjax.tokenizers import END_THOUGHTS, EOS, PAD, START_THOUGHTS, Codec, WordTokenizer, load_tokenizer
 
 WORDS = ("Tom", "is", "a", "lempus", "[Q]", "12", "###", ".", "?", ",", "!")
 
@@ -106,22 +107,39 @@ def test_character_level_is_lossless():
 def test_saved_tokenizer_is_the_same(tmp_path, newline):
     tokenizer = WordTokenizer.word_level((*WORDS, "\n") if newline else WORDS, (START_THOUGHTS,))
     tokenizer.save(tmp_path / "made" / "here")
-    loaded = WordTokenizer.load(tmp_path / "made" / "here")
+    loaded = load_tokenizer(tmp_path / "made" / "here")
     text = "Tom is a lempus.\nTom?"
     assert loaded.encode(text) == tokenizer.encode(text)
     assert loaded.decode(loaded.encode(text)) == tokenizer.decode(tokenizer.encode(text))
     assert loaded.token_id(START_THOUGHTS) == 2
     characters = WordTokenizer.character_level("abc")
     characters.save(tmp_path)
-    assert WordTokenizer.load(tmp_path).decode(characters.encode("abcba")) == "abcba"
+    assert load_tokenizer(tmp_path).decode(characters.encode("abcba")) == "abcba"
+
+
+@pytest.mark.parametrize("kind", ["words", "lines", "characters"])
+def test_transformers_reads_what_was_saved(tmp_path, kind):
+    specials, text = (START_THOUGHTS, END_THOUGHTS), "Tom is a lempus.\nTom  is\ta lempus?\n### 12"
+    if kind == "characters":
+        tokenizer = WordTokenizer.character_level(sorted(set(text)), specials)
+    else:
+        tokenizer = WordTokenizer.word_level((*WORDS, "\n") if kind == "lines" else WORDS, specials)
+    tokenizer.save(tmp_path)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert theirs(text)["input_ids"] == tokenizer.encode(text)
+    assert (theirs.pad_token_id, theirs.eos_token_id, len(theirs)) == (0, 1, tokenizer.vocab_size)
+    assert theirs.convert_tokens_to_ids(list(specials)) == [2, 3]
 
 
 def test_load_of_a_missing_or_broken_file(tmp_path):
-    with pytest.raises(FileNotFoundError):
-        WordTokenizer.load(tmp_path)
+    for load in (WordTokenizer.load, load_tokenizer):
+        with pytest.raises(FileNotFoundError, match=r"tokenizer\.json"):
+            load(tmp_path)
     (tmp_path / "tokenizer.json").write_text('{"half')
     with pytest.raises(ValueError, match="is not a tokenizer saved by WordTokenizer"):
         WordTokenizer.load(tmp_path)
+    with pytest.raises(ValueError, match="is not a tokenizer of the `tokenizers` library"):
+        load_tokenizer(tmp_path)
 
 
 def test_codec_writes_the_format():
@@ -131,3 +149,5 @@ def test_codec_writes_the_format():
     assert tokenizer.decode(codec.question(example)) == "1 2"
     assert [tokenizer.decode(step) for step in codec.steps(example)] == ["2", "3"]
     assert codec.answer(example) == [tokenizer.token_id("ANS"), tokenizer.token_id("3"), tokenizer.eos_id]
+    with pytest.raises(ValueError, match="chat=True: the closed vocabulary"):
+        Codec(tokenizer, codec.format, chat=True).question(example)

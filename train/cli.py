@@ -3,9 +3,11 @@
     python -m train configs/NAME.py [--field value ...]      start a run, or continue it if it exists
     python -m train configs/NAME.py --arm Pause [...]        the arm of that name, of a config that defines several
     python -m train --resume RUN                             continue a run with its own config
+    python -m train configs/NAME.py --plan v5e-8             memory, work and communication of a step on 8 TPU v5e chips
 
 Everything that can be wrong with the input is found before anything is compiled or written: one screen, exit code 2.
-Other exit codes: 3 loss or gradients not finite, 130 stopped by a signal after saving.
+Other exit codes: 3 loss or gradients not finite, 4 the disk cannot be written, 5 another process of the run
+is lost, 130 stopped by a signal after saving.
 """
 
 import contextlib
@@ -16,15 +18,17 @@ import pathlib
 import re
 import runpy
 import sys
+import traceback
 from collections.abc import Sequence
 from typing import Annotated, Any
 
 import tyro
 
 from train.config import Experiment, load_config
-from train.run import CONFIG, check_run, enable_compilation_cache
+from train.distributed import join, several_processes
+from train.run import CONFIG, check_run, enable_compilation_cache, make_deterministic
 
-BAD_INPUT, NOT_FINITE, INTERRUPTED = 2, 3, 130
+BAD_INPUT, NOT_FINITE, NOT_WRITTEN, LOST, INTERRUPTED = 2, 3, 4, 5, 130
 USAGE = "usage: python -m train configs/NAME.py [--field value ...] | --resume RUN   (add --help for the fields)"
 
 
@@ -40,6 +44,18 @@ class Program:
     """Stop and save when this much time has passed."""
     dry_run: bool = False
     """Check everything, print the plan, and stop before anything is compiled or written."""
+    coordinator: str | None = None
+    """Run on several processes: HOST:PORT where process 0 listens, or auto on Cloud TPU, SLURM and Open MPI."""
+    processes: int | None = None
+    """The number of processes of the run; start each with the same command line but for --process-id."""
+    process_id: int | None = None
+    """Which of them this one is, from 0."""
+    join_timeout: int = 300
+    """Seconds in which all processes must have come."""
+    heartbeat_timeout: int = 100
+    """Seconds of silence after which a process counts as dead; all others then end with an error."""
+    plan: str | None = None
+    """Compile one step for a machine that is not here and print what it takes: v5e-N, v5p-N, v6e-N (chips), cpu-N."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,18 +68,36 @@ def main(arguments: Sequence[str]) -> int:
     """Run the program; returns its exit code. Bad options leave by SystemExit(2), as tyro's own errors do."""
     try:
         experiment, program = parse(arguments)
+        if experiment.deterministic:
+            make_deterministic()
+        if program.plan is not None:
+            from train.forecast import forecast, report
+
+            print("\n".join(report(forecast(experiment, program.plan))))
+            return 0
+        join(
+            program.coordinator,
+            program.processes,
+            program.process_id,
+            wait=program.join_timeout,
+            heartbeat=program.heartbeat_timeout,
+            failed=BAD_INPUT,
+        )
         from train.prepare import describe, prepare, trace  # after parsing: JAX takes a second to start
 
         run = program.run or pathlib.Path("runs") / f"{experiment.name}-seed{experiment.seed}"
         check_run(run, experiment)
-        prepared = prepare(experiment)
+        prepared = prepare(experiment, run)
         if program.dry_run:
             trace(prepared)
             print("\n".join([*describe(prepared), f"dry run: {run} is untouched"]))
             return 0
+        prepared.check_weights()
     except (ValueError, LookupError, OSError, TypeError) as error:
         return _fail(_message(error), BAD_INPUT)
 
+    from latentjax.checkpoint import DamagedCheckpoint, NotSaved, OtherArrays
+    from train.disk import RunUnavailable
     from train.loop import Interrupted, NonFinite, train
 
     enable_compilation_cache()
@@ -74,10 +108,20 @@ def main(arguments: Sequence[str]) -> int:
             stop_after_steps=program.stop_after_steps,
             stop_after_minutes=program.stop_after_minutes,
         )
+    except (RunUnavailable, OtherArrays, DamagedCheckpoint) as error:
+        return _fail(str(error), BAD_INPUT)
+    except NotSaved as error:
+        return _fail(str(error), NOT_WRITTEN)
     except NonFinite as error:
         return _fail(str(error), NOT_FINITE)
     except Interrupted as error:
         return _fail(str(error), INTERRUPTED)
+    except Exception as error:
+        if not several_processes():
+            raise
+        traceback.print_exc()
+        again = "start all of them again with the same command: the run continues"
+        return _fail(f"this process has lost another one, or failed itself: {_message(error)}\n{again}", LOST)
     return 0
 
 
@@ -184,4 +228,7 @@ def _fail(message: str, code: int) -> int:
         # The terminal is gone; what Python still holds for it would turn the exit code into 120.
         with contextlib.suppress(OSError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
+    if code not in (INTERRUPTED, NOT_FINITE) and several_processes():
+        # All others wait for this one, and an ordinary exit would wait for them; that it is gone they notice.
+        os._exit(code)
     return code

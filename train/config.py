@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import optax
 
+from latentjax.backbone.vocabulary import NewRow
 from latentjax.methods.base import Method
 from latentjax.tasks.base import Task
 
@@ -44,6 +45,7 @@ class Optimizer:
     weight_decay: float = 0.01
     clip_norm: float | None = None  # global gradient norm; None: no clipping
     warmup_steps: int = 0
+    warmup_fraction: float = 0.0  # of all steps, instead of `warmup_steps`
     schedule: Literal["constant", "linear", "cosine"] = "constant"  # after the warm-up, until the last step
     end_fraction: float = 0.0  # learning rate at the last step over `learning_rate`; unused by "constant"
 
@@ -57,6 +59,10 @@ class Optimizer:
         clips = self.clip_norm is None or self.clip_norm > 0
         _require(clips, "optimizer.clip_norm", self.clip_norm, "must be positive, or None for no clipping")
         _require(self.warmup_steps >= 0, "optimizer.warmup_steps", self.warmup_steps, "must not be negative")
+        fraction = self.warmup_fraction
+        _require(0 <= fraction < 1, "optimizer.warmup_fraction", fraction, "lies in [0, 1)")
+        once = not (fraction and self.warmup_steps)
+        _require(once, "optimizer.warmup_fraction", fraction, f"warmup_steps={self.warmup_steps} is set already")
         known = ("constant", "linear", "cosine")
         _require(self.schedule in known, "optimizer.schedule", self.schedule, f"must be one of {', '.join(known)}")
         _require(0 <= self.end_fraction <= 1, "optimizer.end_fraction", self.end_fraction, "lies in [0, 1]")
@@ -69,16 +75,17 @@ class Optimizer:
             self.warmup_steps < total_steps, "optimizer.warmup_steps", self.warmup_steps,
             f"must be smaller than the number of steps of the run, {total_steps}",
         )  # fmt: skip
-        peak, decay_steps = self.learning_rate, total_steps - self.warmup_steps
+        warmup_steps = self.warmup_steps or int(self.warmup_fraction * total_steps)
+        peak, decay_steps = self.learning_rate, total_steps - warmup_steps
         main = {
             "constant": lambda: optax.constant_schedule(peak),
             "linear": lambda: optax.linear_schedule(peak, peak * self.end_fraction, decay_steps),
             "cosine": lambda: optax.cosine_decay_schedule(peak, decay_steps, self.end_fraction),
         }[self.schedule]()
-        if not self.warmup_steps:
+        if not warmup_steps:
             return main
-        warmup = optax.linear_schedule(peak / (self.warmup_steps + 1), peak, self.warmup_steps)
-        return optax.join_schedules([warmup, main], [self.warmup_steps])
+        warmup = optax.linear_schedule(peak / (warmup_steps + 1), peak, warmup_steps)
+        return optax.join_schedules([warmup, main], [warmup_steps])
 
     def build(self, total_steps: int) -> optax.GradientTransformation:
         """The optimiser of a run of `total_steps` steps."""
@@ -107,6 +114,22 @@ class Mesh:
 
 
 @dataclasses.dataclass(frozen=True)
+class Pretrained:
+    """Published weights and their tokenizer, from which a run starts (see train/starting.py)."""
+
+    path: str  # a folder with config.json and safetensors, or a hub id such as "openai-community/gpt2"
+    tokenizer: str | None = None  # a folder or hub id; None: that of `path`
+    revision: str | None = None  # of the hub repository: a branch, tag or commit
+    new_row: NewRow = NewRow("mean")  # how the embedding rows of the method's special tokens start
+
+    def __post_init__(self):
+        for field in ("path", "tokenizer", "revision"):
+            value = getattr(self, field)
+            named = (value is None and field != "path") or (isinstance(value, str) and bool(value.strip()))
+            _require(named, f"pretrained.{field}", value, "must not be empty")
+
+
+@dataclasses.dataclass(frozen=True)
 class Experiment:
     """One training run. How long it lasts is the method's curriculum (`method.stages()`)."""
 
@@ -115,8 +138,14 @@ class Experiment:
     method: Method
     optimizer: Optimizer = Optimizer()
     mesh: Mesh = Mesh()
+    # "pmap": plain data parallelism, with noise (dropout) drawn by each device for its rows, so it is another run than "jit".
+    parallel: Literal["jit", "pmap"] = "jit"
+    pretrained: Pretrained | None = None  # None: new parameters and the task's own tokenizer
+    chat: bool = False  # write questions with the tokenizer's chat template (instruct models)
+    tuning: Literal["full", "lora", "frozen"] = "full"  # train all, LoRA adapters and the method's own, or only those
     batch_size: int = 128  # examples of one optimiser step, all devices and microbatches together
     accumulate: int = 1  # microbatches that a step is cut into
+    effective_batch: int | None = None  # what batch_size is in the paper: another one is an error, None allows any
     train_examples: int | None = None  # examples of one epoch; None: the whole released split
     fresh_data: bool = False  # generate new training problems for every epoch instead of reading the same ones again
     valid_split: str = "valid"
@@ -128,6 +157,9 @@ class Experiment:
     checkpoint_every_steps: int = 1000  # besides one at every validation and one at the end
     keep: int = 2  # latest checkpoints kept; the best one (validation accuracy in the last stage) is kept as well
     ema: float | None = None  # decay of an average of the parameters, which validation and evaluation then use
+    deterministic: bool = (
+        False  # GPUs only, slower: a run repeats and resumes bit for bit, as on CPU and TPU (docs/scaling.md)
+    )
     init_from: str | None = None  # run whose parameters to start from: "RUN", "RUN@best" or "RUN@STEP"
     seed: int = 0
 
@@ -143,12 +175,31 @@ class Experiment:
         for field in ("train_examples", "valid_examples"):
             if getattr(self, field) is not None:
                 _require_count(self, field)
+        _require(
+            self.effective_batch in (None, self.batch_size), "batch_size", self.batch_size,
+            f"the paper's step has effective_batch={self.effective_batch} examples over all devices and microbatches "
+            "(raise accumulate if they do not fit); for another batch set effective_batch to None",
+        )  # fmt: skip
+        known = ("jit", "pmap")
+        _require(self.parallel in known, "parallel", self.parallel, f"must be one of {', '.join(known)}")
+        plain = self.parallel == "jit" or (self.mesh.fsdp, self.mesh.tensor) == (1, 1)
+        right = f"is data parallelism only; mesh.fsdp={self.mesh.fsdp} and mesh.tensor={self.mesh.tensor} must be 1"
+        _require(plain, "parallel", self.parallel, right)
         divides = self.batch_size % self.accumulate == 0
         _require(divides, "accumulate", self.accumulate, f"must divide batch_size={self.batch_size}")
         known = ("epochs", "steps")
         _require(self.validate_unit in known, "validate_unit", self.validate_unit, "must be epochs or steps")
         _require("test" not in self.valid_split, "valid_split", self.valid_split, "a test split cannot choose a model")
         _require(self.ema is None or 0 < self.ema < 1, "ema", self.ema, "a decay rate lies in (0, 1), or None")
+        known = ("full", "lora", "frozen")
+        _require(self.tuning in known, "tuning", self.tuning, f"must be one of {', '.join(known)}")
+        adapters = self.method.backbone.lora
+        _require(
+            (adapters is not None) == (self.tuning == "lora"), "tuning", self.tuning,
+            f"method.backbone.lora={adapters} " + ("has adapters, which only lora trains" if adapters else "says no rank"),
+        )  # fmt: skip
+        one_start = self.pretrained is None or self.init_from is None
+        _require(one_start, "init_from", self.init_from, "the run starts from `pretrained` already: set one of them")
         fresh = not self.fresh_data or self.train_examples is not None
         _require(fresh, "train_examples", self.train_examples, "fresh_data needs the number of examples of an epoch")
 

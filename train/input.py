@@ -1,20 +1,20 @@
 """Training batches: a pure function of the step, read ahead by a thread, resumable exactly.
 
 Batch s is made from the seed and s alone (which epoch, which order, which random draws), so the state of the iterator
-is one integer and a resumed run sees the same batches bit for bit.
+is one integer and a resumed run sees the same batches bit for bit. On several processes each one makes the rows that its
+own devices need; the batches are those of a run on one process.
 """
 
 import functools
 import threading
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
 
 import grain
 import jax
 import numpy as np
-from jax.sharding import NamedSharding
+from jaxtyping import Int
 
-from latentjax.methods.base import Batch
+from latentjax.methods.base import Batch, Method
 from latentjax.tasks.base import Example
 from latentjax.tokenizers import Codec
 from train.config import Experiment
@@ -23,6 +23,7 @@ from train.plan import Plan
 # Random streams of a run besides the parameters' and the step's keys; each is seeded by (seed, stream, number).
 _ORDER, _DRAWS, _FRESH, _VALID = range(4)
 _READ_AHEAD = 4  # batches
+_PART = 16  # rows that are encoded together with random draws of their own, so that no process has to make all rows
 
 
 def generator(seed: int, *stream: int) -> np.random.Generator:
@@ -30,12 +31,43 @@ def generator(seed: int, *stream: int) -> np.random.Generator:
     return np.random.default_rng((seed, *stream))
 
 
+def encode_rows(
+    method: Method,
+    codec: Codec,
+    stage: int,
+    examples: Sequence[Example],
+    stream: tuple[int, ...],
+    rows: Int[np.ndarray, "R"] | None,
+    augment: Callable[[Example, np.random.Generator], Example] | None = None,
+) -> Batch:
+    """Rows `rows` (None: all) of the batch of `examples`, numpy arrays [R, ...]. Part i of `_PART` rows draws from
+    (stream..., i) alone, so that only parts with a wanted row are made."""
+    rows = np.arange(len(examples)) if rows is None else rows
+    parts, made = np.unique(rows // _PART), []
+    for part in parts:
+        rng, own = generator(*stream, int(part)), examples[part * _PART : (part + 1) * _PART]
+        if augment is not None:
+            own = [augment(example, rng) for example in own]
+        made.append(method.encode(own, codec, stage, rng))
+    # Place of each row in what was made: all parts but the last of a batch have _PART rows.
+    places = np.searchsorted(parts, rows // _PART) * _PART + rows % _PART
+    return jax.tree.map(lambda *leaves: np.concatenate(leaves)[places], *made)
+
+
 class Training:
     """The training batches of an experiment: `batch(step)`, or `iterator()` in order and ahead of time."""
 
-    def __init__(self, experiment: Experiment, codec: Codec, plan: Plan, examples: Sequence[Example]):
-        """`examples`: those of epoch 0; every later epoch has as many."""
+    def __init__(
+        self,
+        experiment: Experiment,
+        codec: Codec,
+        plan: Plan,
+        examples: Sequence[Example],
+        rows: Int[np.ndarray, "R"] | None = None,
+    ):
+        """`examples`: those of epoch 0; every later epoch has as many. `rows`: of each batch, all if None."""
         self._experiment, self._codec, self._plan, self._examples = experiment, codec, plan, examples
+        self._rows = rows
         self._lock = threading.Lock()
         self._order = functools.lru_cache(maxsize=2)(self._new_order)
         self._fresh = functools.lru_cache(maxsize=2)(self._new_examples)
@@ -58,11 +90,12 @@ class Training:
         return [self._examples[index] for index in self._order(epoch)[rows.start : rows.stop]]
 
     def batch(self, step: int) -> Batch:
-        """Batch `step` (numpy arrays): augmented and encoded for the stage that the step belongs to."""
-        rng = generator(self._experiment.seed, _DRAWS, step)
-        task, method = self._experiment.task, self._experiment.method
-        examples = [task.augment(example, rng) for example in self.examples(step)]
-        return method.encode(examples, self._codec, self._plan.span(step).stage.index, rng)
+        """The rows of batch `step` (numpy arrays): augmented and encoded for the stage that the step belongs to."""
+        experiment, stage = self._experiment, self._plan.span(step).stage.index
+        return encode_rows(
+            experiment.method, self._codec, stage, self.examples(step), (experiment.seed, _DRAWS, step), self._rows,
+            experiment.task.augment,
+        )  # fmt: skip
 
     def iterator(self) -> "grain.DatasetIterator[Batch]":
         """Batches 0, 1, ..., read ahead by one thread (more would only wait for each other: encoding is Python).
@@ -85,24 +118,22 @@ def valid_examples(experiment: Experiment) -> Sequence[Example]:
     return experiment.task.examples(experiment.valid_split, count=experiment.valid_examples, seed=0)
 
 
-def valid_batches(experiment: Experiment, codec: Codec, examples: Sequence[Example], stage: int) -> Iterator[Batch]:
-    """Batches of all `examples` for `stage`; the last one is filled up with repeats, whose targets are masked."""
+def valid_batches(
+    experiment: Experiment,
+    codec: Codec,
+    examples: Sequence[Example],
+    stage: int,
+    rows: Int[np.ndarray, "R"] | None = None,
+) -> Iterator[Batch]:
+    """Rows `rows` (None: all) of the batches of all `examples` for `stage`; the last one is filled up with repeats, whose
+    targets are masked."""
     size = experiment.batch_size
     for number, start in enumerate(range(0, len(examples), size)):
-        rows = list(examples[start : start + size])
-        counts = np.arange(size) < len(rows)
-        rows += [rows[i % len(rows)] for i in range(size - len(rows))]
-        batch = experiment.method.encode(rows, codec, stage, generator(experiment.seed, _VALID, number))
-        yield batch.replace(loss_mask=batch.loss_mask & counts[:, None])
-
-
-def to_devices(batch: Any, sharding: NamedSharding) -> Any:
-    """The arrays of `batch`, the same on every process, laid out over the mesh."""
-    if jax.process_count() == 1:
-        return jax.device_put(batch, sharding)
-    return jax.tree.map(
-        lambda x: jax.make_array_from_callback(np.shape(x), sharding, lambda index: np.asarray(x)[index]), batch
-    )
+        problems = list(examples[start : start + size])
+        counts = np.arange(size) < len(problems)
+        problems += [problems[i % len(problems)] for i in range(size - len(problems))]
+        batch = encode_rows(experiment.method, codec, stage, problems, (experiment.seed, _VALID, number), rows)
+        yield batch.replace(loss_mask=batch.loss_mask & (counts if rows is None else counts[rows])[:, None])
 
 
 def positions_used(batch: Batch) -> int:

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import pathlib
 import time
 from collections.abc import Generator, Mapping
@@ -40,8 +41,6 @@ class Metrics:
         self.forgotten = 0
         if not write:
             return
-        from tensorboardX import SummaryWriter  # protobuf and its friends: only a run needs them
-
         before = read_metrics(run)
         kept = [record for record in before if record["kind"] == "event" or record["step"] <= step]
         self.forgotten = len(before) - len(kept)
@@ -49,7 +48,7 @@ class Metrics:
         partial.write_text("".join(json.dumps(record) + "\n" for record in kept))
         partial.rename(run / METRICS)
         self._file = (run / METRICS).open("a")
-        self._board = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1, write_to_disk=True)
+        self._board = _Board(run / "tensorboard", step)
 
     def write(self, kind: str, step: int, values: Mapping[str, Any], timing: Mapping[str, float] | None = None) -> None:
         """Append one record; numbers go to TensorBoard as `kind/name` too."""
@@ -60,12 +59,40 @@ class Metrics:
         self._file.flush()
         for name, value in {**values, **(timing or {})}.items():
             if isinstance(value, int | float) and kind != "event":
-                self._board.add_scalar(f"{kind}/{name}", value, step)
+                self._board.add(f"{kind}/{name}", value, step)
+        self._board.flush()
 
     def close(self) -> None:
         for sink in (self._file, self._board):
             if sink is not None:
                 sink.close()
+
+
+class _Board:
+    """Scalars for TensorBoard, written by the caller: tensorboardX's own writer has a thread, which a full disk ends, and
+    then waits for it for ever."""
+
+    def __init__(self, folder: pathlib.Path, step: int):
+        """TensorBoard drops what earlier sessions wrote of steps after `step`."""
+        from tensorboardX.event_file_writer import EventsWriter  # protobuf and its friends: only a run needs them
+        from tensorboardX.proto import event_pb2
+        from tensorboardX.summary import scalar
+
+        self._event, self._scalar = event_pb2.Event, scalar
+        folder.mkdir(exist_ok=True)
+        # Without the suffix a session would overwrite one that began in the same second.
+        self._writer = EventsWriter(str(folder / "events"), filename_suffix=f".{os.getpid()}")
+        start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+        self._writer.write_event(self._event(wall_time=time.time(), step=step + 1, session_log=start))
+
+    def add(self, name: str, value: float | int, step: int) -> None:
+        self._writer.write_event(self._event(wall_time=time.time(), step=step, summary=self._scalar(name, value)))
+
+    def flush(self) -> None:
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
 
 
 class Speed:

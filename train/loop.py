@@ -18,18 +18,22 @@ from latentjax.checkpoint import Checkpoints, fingerprint
 from latentjax.methods.base import Batch
 from latentjax.tokenizers import Tokenizer
 from train import state as train_state
-from train.config import Experiment
+from train.config import Experiment, load_config
+from train.disk import hold, writing
+from train.distributed import Agreement, together
 from train.flops import matmul_flops
-from train.input import positions_used, to_devices
+from train.input import positions_used
 from train.log import Metrics, Speed, Terminal, read_metrics, summary
-from train.prepare import Prepared, batch_form, describe, prepare
-from train.run import check_run, open_run
+from train.parallel import batch_form
+from train.prepare import Prepared, describe, prepare
+from train.run import CONFIG, check_deterministic, check_run, open_run
 from train.state import TrainState
 from train.step import make_step
 from train.validate import Validator
 
 # Steps that may be queued on the devices. Simulated CPU devices deadlock when many programs with collectives wait.
 _IN_FLIGHT = 2
+_LATE = 1000  # what a process wishes that is past its deadline, larger than any signal's number
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -88,22 +92,35 @@ def train(
         on_step: called after each step with the number of steps done.
 
     Raises:
-        ValueError, OSError, LookupError: bad input, before anything is compiled or written.
+        ValueError, OSError, LookupError: bad input, before anything is compiled or written. Of these, RunUnavailable: the
+            run directory cannot be written or another program trains the run; OtherArrays: a checkpoint of another
+            architecture; DamagedCheckpoint: all checkpoints are damaged.
         Interrupted: SIGINT, SIGTERM or SIGHUP came; a checkpoint was saved.
         NonFinite: the loss or a gradient was NaN or infinite.
+        NotSaved: a checkpoint or a log could not be written, for example because the disk is full.
     """
     started = time.perf_counter()
     if not isinstance(experiment, Prepared):
         check_run(pathlib.Path(run), experiment)
-        experiment = prepare(experiment)
+        experiment = prepare(experiment, pathlib.Path(run))
     prepared, run = experiment, pathlib.Path(run)
     check_run(run, prepared.experiment)
+    check_deterministic(prepared.experiment)
+    prepared.check_weights()
     terminal = Terminal(quiet=quiet or jax.process_index() > 0, progress=progress)
-    notes = {}
+    notes: dict[str, Any] = {"mesh": dataclasses.asdict(prepared.experiment.mesh)}
     if prepared.inherited is not None:
         notes["init_from"] = {"run": prepared.experiment.init_from, "checksum": fingerprint(prepared.inherited)}
-    open_run(run, prepared.experiment, prepared.tokenizer, **notes)
-    with Checkpoints(run, keep=prepared.experiment.keep, report=terminal.line) as checkpoints:
+    with contextlib.ExitStack() as stack:
+        together()  # before the first process makes the run directory
+        stack.enter_context(hold(run))
+        stack.enter_context(writing(run))
+        if jax.process_index() == 0:
+            check_run(run, prepared.experiment)  # again: another program may have made it meanwhile
+            open_run(run, prepared.experiment, prepared.tokenizer, **notes)
+        together()
+        keep = prepared.experiment.keep
+        checkpoints = stack.enter_context(Checkpoints(run, keep=keep, report=terminal.line))
         loop = _Loop(prepared, run, checkpoints, terminal, on_step)
         deadline = None if stop_after_minutes is None else started + 60 * stop_after_minutes
         with contextlib.closing(loop):
@@ -153,13 +170,19 @@ class _Loop:
         self._metrics = Metrics(run, self.done, write=jax.process_index() == 0)
         if self._metrics.forgotten:
             terminal.line(f"{self._metrics.forgotten} records of steps after {self.done} go: they will be made again")
+        if self.done == 0 and prepared.published is not None:
+            start = {"pretrained": prepared.published.path, "checksum": fingerprint(self.state.params)}
+            self._metrics.write("event", 0, {"event": "start"} | start)
         optimizer = self._experiment.optimizer.build(self._plan.total_steps)
         self._reset = jax.jit(
-            lambda state: train_state.reset_optimizer(state, optimizer),
+            lambda state: train_state.reset_optimizer(state, optimizer, self._experiment.tuning),
             out_shardings=prepared.shardings,
             donate_argnums=0,
         )
-        self._validate = Validator(self._experiment, prepared.tokenizer, prepared.valid, prepared.batch_sharding)
+        self._validate = Validator(
+            self._experiment, prepared.tokenizer, prepared.valid, prepared.parallel, prepared.shardings
+        )
+        self._agree = Agreement(delay=_IN_FLIGHT)
 
     def close(self) -> None:
         self._batches.close()
@@ -183,6 +206,10 @@ class _Loop:
             return self._prepared.first_state(), 0
         self._batches.set_state(dict(restored.record["iterator"]))
         self._terminal.line(f"continuing {self._run} at step {restored.step} of {self._plan.total_steps}")
+        if (mesh := load_config(self._run / CONFIG).mesh) != self._experiment.mesh:
+            self._terminal.line(
+                f"the run began on another mesh ({mesh}): figures now agree to rounding, not bit for bit"
+            )
         rest = dict(restored.items["rest"])
         key = jax.random.wrap_key_data(rest.pop("key"))
         params, ema = restored.items["params"], restored.items.get("ema")
@@ -200,18 +227,20 @@ class _Loop:
     # Steps
 
     def run_until(self, stop: int | None, deadline: float | None) -> None:
-        """Train to the end, to step `stop`, past the time `deadline`, or until a signal comes."""
+        """Train to the end, to step `stop`, past the time `deadline`, or until a signal comes; on several processes, until
+        any of them has had one, and all stop at the same step."""
         with _signals() as received, self._terminal.bar(self._plan.total_steps, self.done):
             self._speed.start()
             while self.done < self._plan.total_steps:
                 self._step()
                 late = deadline is not None and time.perf_counter() >= deadline
-                if received or late or self.done == stop:
+                wish = self._agree(received[0] if received else _LATE if late else 0)
+                if wish or self.done == stop:
                     self._drain(0)
                     self._save()
                     self._checkpoints.wait()
-                    if received:
-                        raise Interrupted(self._run, self.done, signal.Signals(received[0]).name)
+                    if wish not in (0, _LATE):
+                        raise Interrupted(self._run, self.done, signal.Signals(wish).name)
                     break
         verb = "finished" if self.done == self._plan.total_steps else "stopped"
         self._terminal.line(f"{verb} at step {self.done} of {self._plan.total_steps}: {self._run}")
@@ -220,9 +249,8 @@ class _Loop:
         if self._plan.resets_optimizer(self.done):
             self.state = self._reset(self.state)
         batch = next(self._batches)
-        placed = to_devices(batch, self._prepared.batch_sharding)
-        program = self._program(placed)
-        self.state, metrics = program.call(self.state, placed)
+        program = self._program(batch)
+        self.state, metrics = program.call(self.state, self._prepared.parallel.place(batch))
         self.done += 1
         self._pending.append((self.done, metrics, batch, program.flops))
         self._drain(_IN_FLIGHT)
@@ -237,14 +265,14 @@ class _Loop:
         if form not in self.programs:
             self._drain(0)
             start = time.perf_counter()
-            step = jax.jit(
-                make_step(self._experiment, self._plan.total_steps, frozen),
-                in_shardings=(self._prepared.shardings, self._prepared.batch_sharding),
-                out_shardings=(self._prepared.shardings, None),
-                donate_argnums=0,
+            call, jaxpr = self._prepared.parallel.compile(
+                lambda axis: make_step(self._experiment, self._plan.total_steps, frozen, axis=axis),
+                self.state,
+                self._prepared.shardings,
+                batch,
+                updates=True,
             )
-            traced = step.trace(self.state, batch)
-            self.programs[form] = _Program(traced.lower().compile(), matmul_flops(traced.jaxpr))
+            self.programs[form] = _Program(call, matmul_flops(jaxpr))
             self.compile_seconds += time.perf_counter() - start
             self._speed.start()
         return self.programs[form]
@@ -256,7 +284,7 @@ class _Loop:
             values = {name: float(value) for name, value in jax.device_get(metrics).items()}
             if not values.pop("finite"):
                 raise NonFinite(self._run, step, self._keep_batch(step, batch), self._last_good())
-            self._speed.count(positions_used(batch))
+            self._speed.count(positions_used(batch) * jax.process_count())
             stage = self._plan.span(step - 1).stage.index
             if step % self._experiment.log_every == 0 or step == self._plan.total_steps:
                 timing = self._speed.read(self._experiment.batch_size, flops)

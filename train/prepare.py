@@ -2,23 +2,24 @@
 
 import dataclasses
 import functools
-from collections.abc import Hashable, Sequence
+import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 from jax.sharding import NamedSharding
 
 from latentjax.backbone.decoder import check_positions
-from latentjax.checkpoint import load_params
-from latentjax.methods.base import Batch
-from latentjax.sharding import batch_sharding, check_batch, make_mesh, param_shardings
+from latentjax.checkpoint import available_steps
+from latentjax.sharding import check_backbone, check_batch, make_mesh, param_shardings
 from latentjax.tasks.base import Example
 from latentjax.tokenizers import Codec, Tokenizer
 from train import state as train_state
-from train.config import Experiment, load_config, to_json
+from train.config import Experiment, Pretrained, to_json
 from train.input import Training, check_lengths, train_examples, valid_examples
+from train.parallel import Parallel, batch_form
 from train.plan import Plan, lay_out
-from train.run import CONFIG, parse_source
+from train.starting import check_start, check_weights, published_params, run_tokenizer
 from train.state import TrainState
 from train.step import make_step
 
@@ -35,33 +36,59 @@ class Prepared:
     dropped: int  # examples of an epoch that fill no batch
     shapes: TrainState  # arrays of the state as shapes and types
     shardings: TrainState
-    batch_sharding: NamedSharding
-    inherited: Any  # parameters to start from, or None
+    parallel: Parallel
+    inherited: Any  # parameters of the run that `init_from` names, or None
+    published: Pretrained | None  # weights of which the first state is made; None for a run with checkpoints
+
+    @property
+    def batch_sharding(self) -> NamedSharding:
+        return self.parallel.batch_sharding
+
+    def check_weights(self) -> None:
+        """Check the files of published weights, if the run is to start from them, without reading the weights (a hub id is
+        downloaded). Raises ValueError, FileNotFoundError or OSError saying what is wrong."""
+        if self.published is not None:
+            check_weights(self.published, self.experiment.method.backbone)
 
     def first_state(self) -> TrainState:
-        """The state before the first step, on the mesh."""
+        """The state before the first step, on the mesh. Published weights are read now."""
         experiment = self.experiment
         optimizer = experiment.optimizer.build(self.plan.total_steps)
+        source = self.published or f"init_from={experiment.init_from!r}"
 
-        def make(inherited: Any) -> TrainState:
+        def make(start: Any) -> TrainState:
             params = train_state.init_params(experiment.method, experiment.seed)
-            if inherited is not None:
-                params = train_state.merge_params(params, inherited, str(experiment.init_from))
-            return train_state.create(params, optimizer, seed=experiment.seed, ema=experiment.ema is not None)
+            if start is not None:
+                params = train_state.merge_params(params, start, str(source))
+            return train_state.create(
+                params, optimizer, seed=experiment.seed, ema=experiment.ema is not None, tuning=experiment.tuning
+            )
 
-        return jax.jit(make, out_shardings=self.shardings)(self.inherited)
+        if self.published is None:
+            # From the host: arrays of one device are not what several processes can put on a mesh of all.
+            return jax.jit(make, out_shardings=self.shardings)(jax.device_get(self.inherited))
+        start = published_params(self.published, experiment, self.tokenizer, self.parallel.mesh)
+        # Donated, so that the state's parameters are these arrays and not copies of them.
+        return jax.jit(make, out_shardings=self.shardings, donate_argnums=0)(start)
 
 
-def prepare(experiment: Experiment) -> Prepared:
-    """Read and check everything. Raises ValueError, OSError or LookupError with a message that says what to change."""
+def prepare(experiment: Experiment, run: pathlib.Path | None = None) -> Prepared:
+    """Read and check everything but published weights (`Prepared.check_weights`). `run` is the run directory: one with
+    checkpoints needs its published model no more.
+
+    Raises ValueError, OSError or LookupError with a message that says what to change."""
     to_json(experiment)  # raises for a config that no run could read back
     method, task = experiment.method, experiment.task
-    tokenizer = task.tokenizer(method.special_tokens())
+    continues = run is not None and bool(available_steps(run))
+    tokenizer = run_tokenizer(experiment, run if continues else None)
     _check_model(experiment, tokenizer)
     mesh = _mesh(experiment)
     check_batch(mesh, experiment.batch_size // experiment.accumulate)
+    check_backbone(mesh, method.backbone)
+    parallel = Parallel(experiment.parallel, mesh, experiment.batch_size)
 
-    codec, train, valid = Codec(tokenizer, task.format), train_examples(experiment), valid_examples(experiment)
+    codec = Codec(tokenizer, task.format, experiment.chat)
+    train, valid = train_examples(experiment), valid_examples(experiment)
     steps_per_epoch, dropped = divmod(len(train), experiment.batch_size)
     if not steps_per_epoch:
         raise ValueError(f"train_examples={len(train)}: fewer than one batch, batch_size={experiment.batch_size}")
@@ -76,20 +103,22 @@ def prepare(experiment: Experiment) -> Prepared:
     for span in plan.spans:
         train_state.frozen_mask(params, span.stage.frozen)
     create = functools.partial(
-        train_state.create, optimizer=optimizer, seed=experiment.seed, ema=experiment.ema is not None
-    )
+        train_state.create, optimizer=optimizer, seed=experiment.seed, ema=experiment.ema is not None,
+        tuning=experiment.tuning,
+    )  # fmt: skip
     shapes = jax.eval_shape(create, params)
     return Prepared(
         experiment=experiment,
         tokenizer=tokenizer,
         plan=plan,
-        training=Training(experiment, codec, plan, train),
+        training=Training(experiment, codec, plan, train, parallel.rows),
         valid=valid,
         dropped=dropped,
         shapes=shapes,
         shardings=param_shardings(mesh, shapes),
-        batch_sharding=batch_sharding(mesh),
-        inherited=_inherited(experiment, params),
+        parallel=parallel,
+        inherited=check_start(experiment, None if continues else tokenizer, params),
+        published=None if continues else experiment.pretrained,
     )
 
 
@@ -123,33 +152,11 @@ def _mesh(experiment: Experiment) -> jax.sharding.Mesh:
     return make_mesh(wanted.data, wanted.fsdp, wanted.tensor, devices=devices)
 
 
-def _inherited(experiment: Experiment, params: Any) -> Any:
-    """Parameters of the run that `init_from` names, checked against the shapes `params`."""
-    if experiment.init_from is None:
-        return None
-    path, which = parse_source(experiment.init_from)
-    if not (path / CONFIG).is_file():
-        raise FileNotFoundError(
-            f"init_from={experiment.init_from!r}: {path} is not a run directory (it has no {CONFIG})"
-        )
-    average = load_config(path / CONFIG).ema is not None
-    inherited, _ = load_params(path, which, average=average)
-    merge = functools.partial(train_state.merge_params, source=experiment.init_from)
-    jax.eval_shape(merge, params, inherited)
-    return inherited
-
-
-def batch_form(batch: Batch) -> Hashable:
-    """What the compiled step depends on: structure, shapes and types of the arrays."""
-    leaves, structure = jax.tree.flatten(batch)
-    return structure, tuple((leaf.shape, leaf.dtype) for leaf in leaves)
-
-
 def trace(prepared: Prepared) -> None:
     """Trace the step of every stage without compiling it, so that wrong shapes show."""
     seen = set()
     for span in prepared.plan.spans:
-        batch = prepared.training.batch(span.start)
+        batch = prepared.parallel.whole(prepared.training.batch(span.start))
         if (form := (span.stage.frozen, batch_form(batch))) not in seen:
             seen.add(form)
             step = make_step(prepared.experiment, prepared.plan.total_steps, span.stage.frozen)
@@ -161,11 +168,14 @@ def describe(prepared: Prepared) -> list[str]:
     experiment, plan = prepared.experiment, prepared.plan
     leaves = jax.tree.leaves(prepared.shapes.params)
     count, size = sum(leaf.size for leaf in leaves), experiment.batch_size
+    trained = train_state.trained_part(prepared.shapes.params, experiment.tuning)
+    trains = sum(leaf.size for leaf in jax.tree.leaves(trained))
     mesh = {axis: n for axis, n in prepared.batch_sharding.mesh.shape.items() if n > 1}
     lines = [
-        f"{experiment.name}: {experiment.method.name} on {type(experiment.task).__name__}, {count:,} parameters",
+        f"{experiment.name}: {experiment.method.name} on {type(experiment.task).__name__}, {count:,} parameters, of which "
+        f"{trains:,} train (tuning {experiment.tuning})",
         f"effective batch {size} examples ({experiment.accumulate} microbatches of {size // experiment.accumulate}, "
-        f"mesh {mesh or 'of one device'})",
+        f"mesh {mesh or 'of one device'}{', pmap' if experiment.parallel == 'pmap' else ''})",
         f"{plan.steps_per_epoch} steps an epoch ({plan.steps_per_epoch * size} examples; {prepared.dropped} of each "
         f"epoch are left out because they fill no batch); {len(prepared.valid)} validation examples",
     ]

@@ -2,11 +2,12 @@
 
 config.json        the experiment; a run continues only with the same one
 environment.json   versions, devices and git state at the start, and of every session that continued the run
-tokenizer/         the tokenizer, in its library's format
+tokenizer/         the tokenizer, as `transformers` saves one
 metrics.jsonl      one record a line: training, validation, events
 tensorboard/       the same curves for TensorBoard
 checkpoints/       see latentjax/checkpoint.py
 eval/              what the evaluation program writes
+lock               held by the program that trains the run (see train/disk.py)
 """
 
 import dataclasses
@@ -16,6 +17,7 @@ import json
 import os
 import pathlib
 import platform
+import re
 import subprocess
 import sys
 from typing import Any
@@ -23,11 +25,18 @@ from typing import Any
 import jax
 
 from latentjax.checkpoint import Which, available_steps, load_params
-from latentjax.tokenizers import Tokenizer, WordTokenizer
+from latentjax.tokenizers import Tokenizer, load_tokenizer
 from train.config import Experiment, differences, load_config, read_json, save_config, to_json
+from train.disk import LOCK
+from train.state import with_part
 
 CONFIG, ENVIRONMENT, TOKENIZER, METRICS = "config.json", "environment.json", "tokenizer", "metrics.jsonl"
-_PACKAGES = ("latentjax", "jax", "jaxlib", "flax", "optax", "numpy", "orbax-checkpoint", "grain", "tokenizers")
+# Fields that may change when a run goes on: its figures then agree to rounding.
+_PLACE = ("mesh",)
+_DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
+_PACKAGES = (
+    "latentjax", "jax", "jaxlib", "flax", "optax", "numpy", "orbax-checkpoint", "grain", "tokenizers", "transformers",
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,8 +58,17 @@ def load_run(path: str | os.PathLike, checkpoint: Which = "last") -> LoadedRun:
     if not (path / CONFIG).is_file():
         raise FileNotFoundError(f"{path}: is not a run directory (it has no {CONFIG})")
     experiment = load_config(path / CONFIG)
-    params, step = load_params(path, checkpoint, average=experiment.ema is not None)
-    return LoadedRun(experiment, WordTokenizer.load(path / TOKENIZER), params, step)
+    params, step = run_params(path, checkpoint, experiment)
+    return LoadedRun(experiment, load_tokenizer(path / TOKENIZER), params, step)
+
+
+def run_params(path: pathlib.Path, checkpoint: Which, experiment: Experiment) -> tuple[Any, int]:
+    """Parameters of a run of `experiment`, with the moving average of what trained where one was kept, and the step."""
+    if experiment.ema is None or experiment.tuning == "full":  # then the average is of all parameters
+        return load_params(path, checkpoint, average=experiment.ema is not None)
+    params, step = load_params(path, checkpoint)
+    average, _ = load_params(path, step, average=True)
+    return with_part(params, average), step
 
 
 def parse_source(source: str) -> tuple[pathlib.Path, Which]:
@@ -68,32 +86,44 @@ def parse_source(source: str) -> tuple[pathlib.Path, Which]:
 def check_run(path: pathlib.Path, experiment: Experiment) -> bool:
     """Whether `path` is a run of `experiment` to continue (True) or free for a new one (False). Writes nothing.
 
+    A run may go on with another mesh: that says where it runs and not what it is.
+
     Raises ValueError listing the fields, old -> new, if it is a run of another experiment, and ValueError if something
     else is there."""
+    if re.match(r"\w+:/", str(path)):
+        raise ValueError(f"--run {path}: must be a folder, on a network disk or a mounted bucket (docs/scaling.md)")
     if (path / CONFIG).is_file():
-        different = differences(read_json(path / CONFIG), to_json(experiment))
+        old, new = (
+            {name: value for name, value in config.items() if name not in _PLACE}
+            for config in (read_json(path / CONFIG), to_json(experiment))
+        )
+        different = differences(old, new)
         if different:
             raise ValueError(
                 f"{path} is a run of another config; give a new --run, or the fields their old values:\n  "
                 + "\n  ".join(different)
             )
         return True
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+    # A program that was killed in its first moments leaves these.
+    started = {LOCK, CONFIG + ".partial"}
+    if path.exists() and (not path.is_dir() or {other.name for other in path.iterdir()} - started):
         raise ValueError(f"--run {path}: exists and is not a run directory (it has no {CONFIG})")
     return False
 
 
 def open_run(path: pathlib.Path, experiment: Experiment, tokenizer: Tokenizer, **notes: Any) -> None:
-    """Make the run directory, or add a session to one that `check_run` approved. `notes` go into the environment."""
-    if jax.process_index() > 0:
-        return
+    """Make the run directory, or add a session to one that `check_run` approved. `notes` go into the environment.
+
+    Of several processes the first alone calls it."""
     path.mkdir(parents=True, exist_ok=True)
     if not (path / CONFIG).exists():
         partial = path / (CONFIG + ".partial")
         save_config(partial, experiment)
         partial.rename(path / CONFIG)  # whole or absent: it is what makes the folder a run
     if not (path / TOKENIZER).exists():
-        tokenizer.save(path / TOKENIZER)
+        partial = path / (TOKENIZER + ".partial")
+        tokenizer.save(partial)
+        partial.rename(path / TOKENIZER)  # whole or absent: it is several files
     session = environment() | notes
     file = path / ENVIRONMENT
     record = read_json(file) | {} if file.exists() else session | {"continued": []}
@@ -140,6 +170,22 @@ def _git_state() -> dict[str, Any] | None:
         return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
     except (OSError, subprocess.CalledProcessError):
         return None
+
+
+def make_deterministic() -> None:
+    """Have XLA use GPU kernels that add in one order, and no autotuning, which may choose others each time. Call it before
+    JAX meets its devices. CPU and TPU programs repeat bit for bit without it."""
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_DETERMINISTIC}".strip()
+
+
+def check_deterministic(experiment: Experiment) -> None:
+    """Raise ValueError if `experiment` is to be deterministic and XLA was not told in time."""
+    told = _DETERMINISTIC in os.environ.get("XLA_FLAGS", "")
+    if experiment.deterministic and jax.default_backend() == "gpu" and not told:
+        raise ValueError(
+            f"deterministic=True: set the environment variable XLA_FLAGS={_DETERMINISTIC} before JAX is used "
+            "(python -m train does so)"
+        )
 
 
 def enable_compilation_cache() -> None:

@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
+from flax.traverse_util import flatten_dict, unflatten_dict
 
-from latentjax.backbone import decoder
+from latentjax.backbone import decoder, lora
 from latentjax.methods.base import Method
 
 
@@ -18,15 +19,20 @@ class TrainState:
     """Everything that training changes. `ema` is None when no average is kept."""
 
     params: Any  # {"backbone": ..., "method": ...}
-    opt_state: Any
-    ema: Any  # like params, or None
+    opt_state: Any  # of the part that trains
+    ema: Any  # like the part of params that trains, or None
     step: Any  # int32 []: completed steps
     key: Any  # PRNG key []: never changes; step s draws from fold_in(key, s)
 
     @property
+    def average(self) -> Any:
+        """`params` with the moving average of what trains in its place; None where no average is kept."""
+        return None if self.ema is None else with_part(self.params, self.ema)
+
+    @property
     def eval_params(self) -> Any:
         """What validation and evaluation use: the average where one is kept."""
-        return self.params if self.ema is None else self.ema
+        return self.params if self.ema is None else self.average
 
 
 def init_params(method: Method, seed: int) -> dict[str, Any]:
@@ -35,24 +41,49 @@ def init_params(method: Method, seed: int) -> dict[str, Any]:
     return {"backbone": decoder.init(method.backbone, backbone_key), "method": method.init(method_key)}
 
 
-def create(params: Any, optimizer: optax.GradientTransformation, *, seed: int, ema: bool) -> TrainState:
+def trained_part(params: Any, tuning: str) -> Any:
+    """The part of `params` (or of a tree like it) that trains under `tuning`, as nested dicts without the other leaves.
+
+    Gradients, optimiser state and average are trees like this one, so what does not train costs none of them."""
+    patterns = lora.frozen_patterns(tuning)
+    if not patterns:
+        return params
+    flat = flatten_dict(params, sep="/")
+    return unflatten_dict(
+        {path: leaf for path, leaf in flat.items() if not any(re.search(pattern, path) for pattern in patterns)},
+        sep="/",
+    )
+
+
+def with_part(params: Any, part: Any) -> Any:
+    """`params` with the leaves of `part`, a tree such as `trained_part` makes, in place of its own."""
+    if jax.tree.structure(params) == jax.tree.structure(part):
+        return part
+    flat = flatten_dict(params, keep_empty_nodes=True, sep="/")
+    return unflatten_dict(flat | flatten_dict(part, sep="/"), sep="/")
+
+
+def create(
+    params: Any, optimizer: optax.GradientTransformation, *, seed: int, ema: bool, tuning: str = "full"
+) -> TrainState:
     """The state before the first step. Pure, so that it can run under jit with shardings or under `eval_shape`."""
+    trained = trained_part(params, tuning)
     return TrainState(
         params=params,
-        opt_state=optimizer.init(params),
-        ema=jax.tree.map(jnp.copy, params) if ema else None,
+        opt_state=optimizer.init(trained),
+        ema=jax.tree.map(jnp.copy, trained) if ema else None,
         step=jnp.int32(0),
         key=jax.random.fold_in(jax.random.key(seed), 1),
     )
 
 
-def reset_optimizer(state: TrainState, optimizer: optax.GradientTransformation) -> TrainState:
+def reset_optimizer(state: TrainState, optimizer: optax.GradientTransformation, tuning: str = "full") -> TrainState:
     """`state` with new moments. The learning-rate schedule goes on: it belongs to the run, not to the moments."""
 
     def is_schedule(node: Any) -> bool:
         return isinstance(node, optax.ScaleByScheduleState)
 
-    new = optimizer.init(state.params)
+    new = optimizer.init(trained_part(state.params, tuning))
     kept = jax.tree.map(lambda new, old: old if is_schedule(old) else new, new, state.opt_state, is_leaf=is_schedule)
     return state.replace(opt_state=kept)
 
@@ -80,16 +111,17 @@ def frozen_mask(params: Any, patterns: Sequence[str]) -> Any:
 
 
 def merge_params(params: Mapping[str, Any], other: Mapping[str, Any], source: str) -> dict[str, Any]:
-    """`params` with every array that `other` has too taken from `other`. The whole backbone must be there.
+    """`params` with every array that `other` has too taken from `other`. The whole backbone must be there, but for LoRA
+    adapters: new ones change nothing at first.
 
     Raises ValueError naming a parameter of the backbone that `other` lacks or that has another shape."""
     theirs = dict(zip(parameter_paths(other), jax.tree.leaves(other), strict=True))
     merged = []
     for path, own in zip(parameter_paths(params), jax.tree.leaves(params), strict=True):
         new = theirs.get(path)
-        if new is None and path.startswith("backbone/"):
-            raise ValueError(f"init_from={source!r}: has no parameter {path}")
+        if new is None and path.startswith("backbone/") and not path.endswith(lora.LEAVES):
+            raise ValueError(f"{source}: has no parameter {path}")
         if new is not None and new.shape != own.shape:
-            raise ValueError(f"init_from={source!r}: {path} has shape {new.shape}, here it is {own.shape}")
+            raise ValueError(f"{source}: {path} has shape {new.shape}, here it is {own.shape}")
         merged.append(own if new is None else jnp.asarray(new, own.dtype))
     return jax.tree.unflatten(jax.tree.structure(params), merged)

@@ -98,6 +98,7 @@ def attend(
     dropout_rate: float = 0.0,
     key: Key[Array, ""] | None = None,
     return_weights: bool = False,
+    platform: str | None = None,
 ) -> tuple[Float[Array, "B H S E"], Float[Array, "B H S T"] | None]:
     """softmax(q k^T / sqrt(E)) v over the segments of the past and the new positions, T = P + S, softmax in fp32.
 
@@ -107,8 +108,9 @@ def attend(
     Rows that may attend to nothing get the mean of all values; nothing valid reads them.
     """
     plain = not past and not return_weights and (key is None or dropout_rate == 0.0)
-    if plain and jax.default_backend() != "cpu":
-        return library_attention(query, new, mask), None
+    platform = platform or jax.default_backend()
+    if plain and platform != "cpu":
+        return library_attention(query, new, mask, platform), None
     batch, heads, length, size = query.shape
     segments = [*past, new]
     kv_heads = new[0].shape[1]
@@ -129,15 +131,15 @@ def attend(
     return shaped, weights.reshape(batch, heads, length, -1) if return_weights else None
 
 
-def library_implementation(dtype: jnp.dtype, size_per_head: int) -> Literal["cudnn", "xla"]:
-    """Which implementation of `jax.nn.dot_product_attention` runs here: "cudnn" for half precision on GPU, else "xla"."""
+def library_implementation(dtype: jnp.dtype, size_per_head: int, platform: str) -> Literal["cudnn", "xla"]:
+    """Which implementation of `jax.nn.dot_product_attention` runs: "cudnn" for half precision on GPU, else "xla"."""
     half = jnp.dtype(dtype) in (jnp.bfloat16, jnp.float16)
-    return "cudnn" if jax.default_backend() == "gpu" and half and size_per_head % 8 == 0 else "xla"
+    return "cudnn" if platform == "gpu" and half and size_per_head % 8 == 0 else "xla"
 
 
-def library_attention(query: Array, new: KeyValue, mask: Array) -> Array:
+def library_attention(query: Array, new: KeyValue, mask: Array, platform: str) -> Array:
     """`jax.nn.dot_product_attention` on head-major arrays [B, H, S, E]."""
     queries, keys, values = (jnp.swapaxes(x, 1, 2) for x in (query, *new))
-    implementation = library_implementation(query.dtype, query.shape[-1])
+    implementation = library_implementation(query.dtype, query.shape[-1], platform)
     out = jax.nn.dot_product_attention(queries, keys, values, mask=mask[:, None], implementation=implementation)
     return jnp.swapaxes(out, 1, 2)

@@ -4,6 +4,7 @@ Preset values are those of the public `config.json` of each model (sources in `P
 """
 
 import dataclasses
+import re
 import typing
 from typing import Literal
 
@@ -19,6 +20,38 @@ class RopeScaling:
     low_freq_factor: float
     high_freq_factor: float
     original_max_positions: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Lora:
+    """Low-rank adapters of dense layers: y = x W + scale dropout(x) A B with A [in, rank] and B [rank, out] (Hu et al.,
+    arXiv 2106.09685). A dense layer is `query`, `key`, `value`, `attention_out`, `mlp_gate`, `mlp_up` or `mlp_down`."""
+
+    rank: int
+    alpha: float | int
+    dropout: float = 0.0  # of the adapter's input only
+    targets: tuple[str, ...] = (".*",)  # regular expressions, matched in full against the dense layers' names
+    rslora: bool = False  # scale alpha / sqrt(rank) instead of alpha / rank (Kalajdzievski, arXiv 2312.03732)
+
+    def __post_init__(self):
+        if not isinstance(self.rank, int) or isinstance(self.rank, bool) or self.rank < 1:
+            raise ValueError(f"lora.rank={self.rank!r}: must be a positive integer")
+        if not isinstance(self.alpha, (int, float)) or not 0.0 < self.alpha < float("inf"):
+            raise ValueError(f"lora.alpha={self.alpha!r}: must be a positive number")
+        if not isinstance(self.dropout, (int, float)) or not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"lora.dropout={self.dropout!r}: a dropout rate lies in [0, 1)")
+        if not self.targets or isinstance(self.targets, str):
+            raise ValueError(f"lora.targets={self.targets!r}: must be a tuple of at least one name or pattern")
+        for pattern in self.targets:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"lora.targets: {pattern!r} is not a regular expression ({error})") from None
+
+    @property
+    def scale(self) -> float:
+        """What the adapter's product is multiplied by."""
+        return self.alpha / (self.rank**0.5 if self.rslora else self.rank)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +79,7 @@ class BackboneConfig:
     mlp_bias: bool = True
     tied_head: bool = True  # logits = h E^T
     logit_scale: float = 1.0  # logits are multiplied by it
+    vocab_used: int | None = None  # ids from here on are padding and never sampled; None: no padding
     embedding_dropout: float = 0.0
     attention_dropout: float = 0.0
     residual_dropout: float = 0.0
@@ -55,6 +89,10 @@ class BackboneConfig:
     param_dtype: str = "float32"
     scan_layers: bool | None = None  # None: scan on accelerators, unroll on CPU
     remat: Literal["none", "dots", "full"] = "none"
+    platform: Literal["cpu", "gpu", "tpu"] | None = (
+        None  # what programs are compiled for; None: where this process runs
+    )
+    lora: Lora | None = None  # adapters beside the kernels of dense layers (latentjax/backbone/lora.py)
 
     def __post_init__(self):
         for field in ("vocab_size", "max_positions", "width", "layers", "heads", "kv_heads", "head_dim", "mlp_width"):
@@ -72,6 +110,8 @@ class BackboneConfig:
                 raise ValueError(
                     f"backbone.{field}={getattr(self, field)!r}: no such dtype; try float32 or bfloat16"
                 ) from None
+        if self.vocab_used is not None and not 1 <= self.vocab_used <= self.vocab_size:
+            raise ValueError(f"backbone.vocab_used={self.vocab_used}: must lie in 1 .. vocab_size={self.vocab_size}")
         if self.head_dim is None and self.width % self.heads:
             raise ValueError(f"backbone.width={self.width} is not a multiple of heads={self.heads}; set head_dim")
         if self.heads % self.num_kv_heads:
@@ -81,6 +121,23 @@ class BackboneConfig:
                 raise ValueError(f"backbone.{field}={getattr(self, field)}: a dropout rate lies in [0, 1)")
         if self.positions == "rotary" and self.size_per_head % 2:
             raise ValueError(f"backbone.head_dim={self.size_per_head}: rotary positions need an even head width")
+        for pattern in () if self.lora is None else self.lora.targets:
+            if not any(re.fullmatch(pattern, name) for name in self.dense_layers):
+                raise ValueError(
+                    f"backbone.lora.targets: {pattern!r} matches none of this backbone's {', '.join(self.dense_layers)}"
+                )
+
+    @property
+    def dense_layers(self) -> tuple[str, ...]:
+        """Names of the dense layers of a block."""
+        gate = ("mlp_gate",) if self.gated_mlp else ()
+        return ("query", "key", "value", "attention_out", *gate, "mlp_up", "mlp_down")
+
+    @property
+    def adapted_layers(self) -> tuple[str, ...]:
+        """Names of the dense layers that have adapters."""
+        patterns = () if self.lora is None else self.lora.targets
+        return tuple(name for name in self.dense_layers if any(re.fullmatch(p, name) for p in patterns))
 
     @property
     def num_kv_heads(self) -> int:
@@ -101,7 +158,12 @@ class BackboneConfig:
     @property
     def scans_layers(self) -> bool:
         """Whether layers run under `lax.scan`: the field, or by platform (a scan copies residuals on CPU)."""
-        return self.scan_layers if self.scan_layers is not None else jax.default_backend() != "cpu"
+        return self.scan_layers if self.scan_layers is not None else self.target_platform != "cpu"
+
+    @property
+    def target_platform(self) -> str:
+        """The platform that defaults depend on. It differs from this process's when compiling ahead of time."""
+        return self.platform or jax.default_backend()
 
     def with_dropout(self, rate: float) -> "BackboneConfig":
         """The same backbone with one dropout rate everywhere, as GPT-2 has."""

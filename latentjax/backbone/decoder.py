@@ -4,9 +4,11 @@ Parameters have one stored tree whatever the compute form; every array under "la
 
     {"embed": {"tokens": [V, D], "positions": [P, D]}, "layers": {...: [L, ...]}, "norm": {...}, "head": {"kernel": [D, V]}}
 
-("positions" only when learned, "head" only when untied.) Letters: B batch, S new positions, D width, V vocabulary, L layers.
+("positions" only when learned, "head" only when untied; "lora_a" and "lora_b" beside the kernel of an adapted dense layer.)
+Letters: B batch, S new positions, D width, V vocabulary, L layers.
 """
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,8 +22,13 @@ from latentjax.backbone.attention import MaskSpec, attend, build_mask, rotary_an
 from latentjax.backbone.cache import KVCache, next_positions
 from latentjax.backbone.config import BackboneConfig
 from latentjax.backbone.dropout import dropout
+from latentjax.backbone.lora import LoraDense
+from latentjax.sharding import split_rows
 
 ACTIVATIONS = {"gelu_tanh": nn.gelu, "gelu": lambda x: nn.gelu(x, approximate=False), "silu": nn.silu}
+
+# Logit of an id that is only padding of the vocabulary: probability exactly 0, and finite, so that p log p is 0 as well.
+PADDING_LOGIT = -1e9
 
 # What `collect` can name, each with the shape that one layer returns.
 COLLECTABLE = (
@@ -49,9 +56,14 @@ class Output:
 
 
 def _norm(config: BackboneConfig, name: str | None = None) -> nn.Module:
-    if config.norm == "layer":
-        return nn.LayerNorm(epsilon=config.norm_eps, dtype=jnp.float32, use_fast_variance=False, name=name)
-    return nn.RMSNorm(epsilon=config.norm_eps, dtype=jnp.float32, name=name)
+    if config.norm == "rms":
+        return _rms_norm(config, name)
+    dtype = jnp.dtype(config.param_dtype)
+    return nn.LayerNorm(config.norm_eps, dtype=jnp.float32, param_dtype=dtype, use_fast_variance=False, name=name)
+
+
+def _rms_norm(config: BackboneConfig, name: str | None) -> nn.Module:
+    return nn.RMSNorm(config.norm_eps, dtype=jnp.float32, param_dtype=jnp.dtype(config.param_dtype), name=name)
 
 
 def _fenced(x: Array, fence: Array | None) -> Array:
@@ -76,10 +88,14 @@ class Block(nn.Module):
             init = nn.initializers.normal(config.init_std * shrink)
         else:
             init = nn.initializers.variance_scaling(shrink**2, "fan_in", "normal")
-        dense = nn.Dense(
-            features, bias, dtype=config.compute_dtype, param_dtype=jnp.dtype(config.param_dtype), kernel_init=init,
-            name=name,
+        make = functools.partial(
+            nn.Dense, features, bias, dtype=config.compute_dtype, param_dtype=jnp.dtype(config.param_dtype),
+            kernel_init=init,
         )  # fmt: skip
+        if config.lora is not None and name in config.adapted_layers:
+            dense = LoraDense(make, config.lora, name=name)
+        else:
+            dense = make(name=name)
         return _fenced(dense(x), fence)
 
     @nn.compact
@@ -102,7 +118,7 @@ class Block(nn.Module):
         wants_weights = "attention_weights" in collect
         mixed, weights = attend(
             query, past, (keys_new, values), mask, dropout_rate=config.attention_dropout, key=keys[0],
-            return_weights=wants_weights,
+            return_weights=wants_weights, platform=config.target_platform,
         )  # fmt: skip
         note("attention_weights", weights)
         merged = jnp.swapaxes(mixed, 1, 2).reshape(*x.shape[:2], -1)
@@ -121,7 +137,7 @@ class Block(nn.Module):
             y = self._dense(x, heads * config.size_per_head, config.qkv_bias, name, fence)
             y = y.reshape(*x.shape[:2], heads, config.size_per_head)
             if config.qk_norm and name != "value":
-                y = nn.RMSNorm(epsilon=config.norm_eps, dtype=jnp.float32, name=f"{name}_norm")(y).astype(y.dtype)
+                y = _rms_norm(config, f"{name}_norm")(y).astype(y.dtype)
             outputs.append(jnp.swapaxes(y, 1, 2))
         return tuple(outputs)
 
@@ -168,15 +184,19 @@ def embed(config: BackboneConfig, params: Mapping[str, Any], tokens: Int[Array, 
 
 
 def head(config: BackboneConfig, params: Mapping[str, Any], hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
-    """fp32 logits of post-norm hidden states."""
-    hidden = hidden.astype(config.compute_dtype)
+    """fp32 logits of post-norm hidden states. Ids from `config.vocab_used` on cannot be sampled and get no gradient."""
+    hidden = split_rows(hidden.astype(config.compute_dtype))
     if config.tied_head:
         weight = params["embed"]["tokens"].astype(config.compute_dtype)
         logits = jnp.einsum("...d,vd->...v", hidden, weight, preferred_element_type=jnp.float32)
     else:
         weight = params["head"]["kernel"].astype(config.compute_dtype)
         logits = jnp.einsum("...d,dv->...v", hidden, weight, preferred_element_type=jnp.float32)
-    return logits * config.logit_scale if config.logit_scale != 1.0 else logits
+    if config.logit_scale != 1.0:
+        logits = logits * config.logit_scale
+    if config.vocab_used is None:
+        return logits
+    return jnp.where(jnp.arange(config.vocab_size) < config.vocab_used, logits, PADDING_LOGIT)
 
 
 def final_norm(
@@ -216,7 +236,9 @@ def layers(
     fence = None if config.scans_layers else 1.0 + 0.0 * positions[0, 0].astype(jnp.float32)
 
     def run_block(x, layer_params, layer_past, layer_key):
-        return Block(config).apply({"params": layer_params}, x, angles, mask, layer_past, layer_key, collect, fence)
+        inputs = (split_rows(x), angles, mask, layer_past, layer_key, collect, fence)
+        rngs = None if config.lora is None or layer_key is None else {"lora": layer_key}  # adapters fold their names in
+        return Block(config).apply({"params": layer_params}, *inputs, rngs=rngs)
 
     block = run_block
     if config.remat != "none":

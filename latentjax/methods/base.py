@@ -96,6 +96,22 @@ class Method:
         Raises ValueError naming the example and the length if anything is longer than `lengths`."""
         raise NotImplementedError
 
+    def batch_shapes(self, size: int, stage: int) -> Batch:
+        """Shapes and types of what `encode` makes of `size` examples at `stage`, for plans without data or tokenizer."""
+        lengths = self.lengths
+
+        def array(kind: Any, length: int) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct((size, length), kind)
+
+        return Batch(
+            question=array(np.int32, lengths.question),
+            question_mask=array(bool, lengths.question),
+            thought_mask=array(bool, self.slots_at(stage)),
+            text=array(np.int32, lengths.text),
+            text_mask=array(bool, lengths.text),
+            loss_mask=array(bool, lengths.text),
+        )
+
     def prompts(self, examples: Sequence[Example], codec: Codec) -> Prompts:
         """Host side: questions ready for `generate`, numpy arrays."""
         raise NotImplementedError
@@ -125,6 +141,11 @@ class Method:
     def max_thoughts(self) -> int:
         """The number of thought slots of a batch, the largest `thoughts` that the method was trained for."""
         return 0
+
+    def slots_at(self, stage: int) -> int:
+        """Thought slots of a batch of `stage`."""
+        del stage
+        return self.max_thoughts()
 
     def thoughts_at(self, stage: int) -> int | None:
         """How many thoughts to generate with after training stage `stage`; None: what `prompts` says."""

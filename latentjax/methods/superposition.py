@@ -69,6 +69,12 @@ class GraphCoconut(Coconut):
         extra = {"vertices": sets} if self.loss_on == "set" else {}
         return batch_rows(rows, self.lengths, self.slots_at(stage), codec.tokenizer.pad_id, extra)
 
+    def batch_shapes(self, size, stage):
+        batch = super().batch_shapes(size, stage)
+        if self.loss_on == "vertex":
+            return batch
+        return batch.replace(extra={"vertices": jax.ShapeDtypeStruct((size, self.backbone.vocab_size), bool)})
+
     def prompts(self, examples, codec):
         questions = [codec.question(e) for e in examples]
         return batch_prompts(questions, [len(e.steps) for e in examples], self.lengths, codec, {"answer": ANSWER_MARK})

@@ -15,6 +15,6 @@ def constant(vector: Float[Array, "D"], limit: Int[Array, "B"], slots: int) -> S
         valid = jnp.arange(slots) < limit[:, None]
         kind = jnp.full(limit.shape, Kind.THOUGHT)
         inputs = jnp.broadcast_to(vector, shape).astype(hidden.dtype)
-        return Proposal(inputs, jnp.zeros_like(kind), kind, valid, jnp.ones(limit.shape, bool), carry)
+        return Proposal(inputs, None, kind, valid, jnp.ones(limit.shape, bool), carry)
 
     return Source(lambda context: (), next)

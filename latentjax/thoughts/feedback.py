@@ -12,7 +12,6 @@ def feedback(limit: Int[Array, "B"]) -> Source:
     def next(count, hidden, logits, peek, key):
         active = count < limit
         kind = jnp.where(active, Kind.THOUGHT, Kind.PAD)
-        token = jnp.zeros_like(kind)
-        return Proposal(hidden[:, None], token, kind, active[:, None], count + 1 >= limit, count + 1)
+        return Proposal(hidden[:, None], None, kind, active[:, None], count + 1 >= limit, count + 1)
 
     return Source(lambda context: jnp.zeros(limit.shape, jnp.int32), next)

@@ -52,7 +52,7 @@ def test_library_attention_equals_ours():
     _, weights = attend(query, [], new, mask, return_weights=True)
     assert nothing is None
     assert weights.shape == (2, 4, 5, 5)
-    assert_close(library_attention(query, new, mask), ours, 1e-5)
+    assert_close(library_attention(query, new, mask, "cpu"), ours, 1e-5)
 
 
 def test_past_in_segments_equals_one_array():

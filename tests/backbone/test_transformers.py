@@ -1,124 +1,139 @@
-"""Logits of randomly initialised models of `transformers` (torch) against ours, weights carried over one by one."""
+"""Published architectures against `transformers` (torch): what `pretrained` loads computes the same, and what it saves loads."""
+
+import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
-from latentjax.backbone import decoder
-from latentjax.backbone.config import BackboneConfig, RopeScaling
+from latentjax.backbone import decoder, pretrained
+from latentjax.backbone.cache import empty_cache
+from latentjax.backbone.config import BackboneConfig
+from latentjax.generation import generate
+from latentjax.rollout import Backbone, Kind
 from tests.close import assert_close
 
 torch = pytest.importorskip("torch", reason="torch is not installed: pip install latentjax[torch]")
 transformers = pytest.importorskip("transformers", reason="transformers is not installed: pip install latentjax[hub]")
+reference = pytest.importorskip("tests.backbone.reference")
 pytestmark = pytest.mark.filterwarnings("default")  # those two warn about themselves
 
-SIZES = dict(vocab_size=23, max_position_embeddings=64, hidden_size=32, num_hidden_layers=3, num_attention_heads=4)
-GROUPED = SIZES | dict(num_key_value_heads=2, intermediate_size=48, attention_dropout=0.0)
-ROPE = dict(rope_type="llama3", rope_theta=20.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0)
-OURS = dict(
-    vocab_size=23, max_positions=64, width=32, layers=3, heads=4, kv_heads=2, mlp_width=48, positions="rotary",
-    norm="rms", norm_eps=1e-6, activation="silu", gated_mlp=True, out_bias=False, mlp_bias=False,
-)  # fmt: skip
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    """A model of theirs, and what we load from its folder."""
+
+    model: Any
+    config: BackboneConfig
+    params: Any
+    forward: Any  # compiled: tokens [3, T], valid [3, T] -> logits [3, T, V]
 
 
-def gpt2():
-    theirs = transformers.GPT2Config(vocab_size=23, n_positions=64, n_embd=32, n_layer=3, n_head=4)
-    return transformers.GPT2LMHeadModel(theirs), BackboneConfig(23, 64, 32, 3, 4)
+@pytest.fixture(scope="module", params=list(reference.SHAPES))
+def pair(request, tmp_path_factory):
+    model = reference.SHAPES[request.param].build()
+    config, params = pretrained.load(reference.save(model, tmp_path_factory.mktemp("model")))
+
+    def forward(tokens, valid):
+        return decoder.head(config, params, decoder.apply(config, params, tokens, valid).hidden)
+
+    return Pair(model, config, params, jax.jit(forward))
 
 
-def llama():
-    scaling = ROPE | dict(original_max_position_embeddings=32)
-    theirs = transformers.LlamaConfig(**GROUPED, rope_parameters=scaling, rms_norm_eps=1e-6, tie_word_embeddings=False)
-    ours = dict(rope_theta=20.0, rope_scaling=RopeScaling(8.0, 1.0, 4.0, 32), qkv_bias=False, tied_head=False)
-    return transformers.LlamaForCausalLM(theirs), BackboneConfig(**OURS, **ours)
+def tokens_of(config, shape, seed=0):
+    return np.random.default_rng(seed).integers(0, config.vocab_size, shape).astype(np.int32)
 
 
-def qwen2():
-    rope = dict(rope_type="default", rope_theta=20.0)
-    theirs = transformers.Qwen2Config(**GROUPED, rope_parameters=rope, rms_norm_eps=1e-6, tie_word_embeddings=True)
-    return transformers.Qwen2ForCausalLM(theirs), BackboneConfig(**OURS, rope_theta=20.0, qkv_bias=True)
+def next_token_loss(config, params, tokens):
+    out = pretrained.logits(config, params, tokens)
+    return optax.softmax_cross_entropy_with_integer_labels(out[:, :-1], tokens[:, 1:]).mean()
 
 
-def qwen3():
-    rope = dict(rope_type="default", rope_theta=20.0)
-    theirs = transformers.Qwen3Config(
-        **GROUPED, rope_parameters=rope, rms_norm_eps=1e-6, tie_word_embeddings=False, head_dim=16
-    )
-    ours = dict(rope_theta=20.0, qkv_bias=False, qk_norm=True, head_dim=16, tied_head=False)
-    return transformers.Qwen3ForCausalLM(theirs), BackboneConfig(**OURS, **ours)
+def test_logits(pair):
+    model, config = pair.model, pair.config
+    tokens = tokens_of(config, (3, 24))
+    assert_close(pair.forward(tokens, np.ones(tokens.shape, bool)), reference.logits(model, tokens), 1e-5)
 
 
-def gpt2_params(state, layers):
-    def stack(name, index=slice(None)):
-        return jnp.stack([state[f"transformer.h.{i}.{name}"][..., index] for i in range(layers)])
-
-    def dense(name, index=slice(None)):  # GPT-2 stores [in, out], as we do
-        return {"kernel": stack(f"{name}.weight", index), "bias": stack(f"{name}.bias", index)}
-
-    def norm(name):
-        return {"scale": stack(f"{name}.weight"), "bias": stack(f"{name}.bias")}
-
-    third = 32
-    return {
-        "embed": {"tokens": state["transformer.wte.weight"], "positions": state["transformer.wpe.weight"]},
-        "layers": {
-            "attention_norm": norm("ln_1"),
-            "query": dense("attn.c_attn", slice(0, third)),
-            "key": dense("attn.c_attn", slice(third, 2 * third)),
-            "value": dense("attn.c_attn", slice(2 * third, None)),
-            "attention_out": dense("attn.c_proj"),
-            "mlp_norm": norm("ln_2"),
-            "mlp_up": dense("mlp.c_fc"),
-            "mlp_down": dense("mlp.c_proj"),
-        },
-        "norm": {"scale": state["transformer.ln_f.weight"], "bias": state["transformer.ln_f.bias"]},
-    }
+def test_gradient_of_every_parameter(pair):
+    model, config, params = pair.model, pair.config, pair.params
+    tokens = tokens_of(config, (2, 24))
+    loss, gradients = jax.jit(jax.value_and_grad(next_token_loss, argnums=1), static_argnums=0)(config, params, tokens)
+    their_loss, theirs = reference.loss_gradients(model, tokens)
+    assert_close(loss, np.float64(their_loss), 1e-5)
+    assert_close(dict(pretrained.tensors_of(config, gradients)), theirs, 1e-4)
 
 
-def llama_params(state, layers):
-    names = {
-        "query": "self_attn.q_proj", "key": "self_attn.k_proj", "value": "self_attn.v_proj",
-        "attention_out": "self_attn.o_proj", "mlp_gate": "mlp.gate_proj", "mlp_up": "mlp.up_proj",
-        "mlp_down": "mlp.down_proj",
-    }  # fmt: skip
-    norms = {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
-    norms |= {"query_norm": "self_attn.q_norm", "key_norm": "self_attn.k_norm"}
+def test_cached_decoding_equals_prefill(pair):
+    model, config, params = pair.model, pair.config, pair.params
+    tokens = tokens_of(config, (2, 24))
+    cache = empty_cache(config, 2, 24)
 
-    def stack(name):
-        found = [state.get(f"model.layers.{i}.{name}") for i in range(layers)]
-        return None if found[0] is None else np.stack(found)
+    @jax.jit
+    def step(cache, token):
+        valid = jnp.ones((2, 1), bool)
+        out = decoder.apply(config, params, token[:, None], valid, cache=cache)
+        return cache.write(out.kv, valid), decoder.head(config, params, out.hidden[:, 0])
 
-    tree = {ours: {"kernel": np.swapaxes(stack(f"{name}.weight"), 1, 2)} for ours, name in names.items()}
-    for ours, name in names.items():
-        if (bias := stack(f"{name}.bias")) is not None:
-            tree[ours]["bias"] = bias
-    tree |= {ours: {"scale": scale} for ours, name in norms.items() if (scale := stack(f"{name}.weight")) is not None}
-    return {
-        "embed": {"tokens": state["model.embed_tokens.weight"]},
-        "layers": tree,
-        "norm": {"scale": state["model.norm.weight"]},
-        "head": {"kernel": state["lm_head.weight"].T},
-    }
+    _, rows = jax.lax.scan(step, cache, tokens.T)
+    assert_close(jnp.swapaxes(rows, 0, 1), reference.logits(model, tokens), 1e-5)
 
 
-@pytest.mark.parametrize("make", [gpt2, llama, qwen2, qwen3], ids=lambda f: f.__name__)
-def test_logits_equal_those_of_transformers(make):
-    torch.manual_seed(0)
-    model, config = make()
-    model = model.eval()
-    with torch.no_grad():
-        for weight in model.parameters():  # a fresh model has zero biases and unit scales, which would hide a mix-up
-            weight.add_(0.1 * torch.randn_like(weight))
-    state = {name: weight.detach().numpy() for name, weight in model.state_dict().items()}
-    params = (gpt2_params if make is gpt2 else llama_params)(state, config.layers)
-    if config.tied_head:
-        params.pop("head", None)
-    params = jax.tree.map(jnp.asarray, params)
-    expected = jax.eval_shape(lambda key: decoder.init(config, key), jax.random.key(0))
-    assert jax.tree.map(jnp.shape, params) == jax.tree.map(lambda x: x.shape, expected)
-    tokens = np.random.default_rng(0).integers(0, 23, (2, 40)).astype(np.int32)
-    out = jax.jit(decoder.apply, static_argnums=0)(config, params, tokens, np.ones(tokens.shape, bool))
-    with torch.no_grad():
-        theirs = model(torch.from_numpy(tokens).long()).logits.numpy()
-    assert_close(decoder.head(config, params, out.hidden), theirs, 1e-5)
+def test_padding_on_either_side_changes_nothing(pair):
+    lengths, width = (11, 24, 17), 24
+    rows = [tokens_of(pair.config, (1, length), seed) for seed, length in enumerate(lengths)]
+    alone = [reference.logits(pair.model, row) for row in rows]
+    for side in ("left", "right"):
+        gaps = [(width - length, 0) if side == "left" else (0, width - length) for length in lengths]
+        padded = np.concatenate([np.pad(row, ((0, 0), gap)) for row, gap in zip(rows, gaps, strict=True)])
+        valid = np.concatenate(
+            [np.pad(np.ones_like(row, bool), ((0, 0), gap)) for row, gap in zip(rows, gaps, strict=True)]
+        )
+        for (before, after), got, expected in zip(gaps, pair.forward(padded, valid), alone, strict=True):
+            assert_close(got[None, before : width - after], expected, 1e-5)
+
+
+def test_greedy_generation_is_theirs_token_for_token(pair):
+    model, config, params = pair.model, pair.config, pair.params
+    prompts = tokens_of(config, (3, 7))
+    write = jax.jit(
+        lambda params, question: generate(
+            Backbone(config, params), question, jnp.ones(question.shape, bool), jax.random.key(0), thinking=None, slots=0,
+            max_new_tokens=64, ids={"eos": -1, "pad": 0},
+        )
+    )  # fmt: skip
+    ours = write(params, prompts)
+    assert (np.asarray(ours.kind[:, 7:]) == Kind.TEXT).all()
+    theirs = model.generate(
+        torch.from_numpy(prompts).long(), attention_mask=torch.ones(prompts.shape, dtype=torch.long), do_sample=False,
+        max_new_tokens=64, min_new_tokens=64, pad_token_id=0,
+    ).numpy()  # fmt: skip
+    np.testing.assert_array_equal(ours.tokens, theirs)
+    assert len(np.unique(theirs[:, 7:])) > 1  # one token over and over would prove little
+
+
+def test_what_is_saved_loads_in_transformers(pair, tmp_path):
+    model, config, params = pair.model, pair.config, pair.params
+    pretrained.save(tmp_path / "ours", config, params)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours").eval()
+    tokens = tokens_of(config, (2, 24))
+    assert type(theirs) is type(model)
+    np.testing.assert_array_equal(reference.logits(theirs, tokens), reference.logits(model, tokens))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_files(dtype, tmp_path):
+    folder = tmp_path / "model"
+    reference.save(reference.SHAPES["qwen3, tied"].build().to(getattr(torch, dtype)), folder)
+    config, params = pretrained.load(folder)
+    assert config.param_dtype == dtype and {str(x.dtype) for x in jax.tree.leaves(params)} == {dtype}
+    wide, widened = pretrained.load(folder, dtype="float32")
+    assert wide.param_dtype == "float32" and {str(x.dtype) for x in jax.tree.leaves(widened)} == {"float32"}
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    tokens = tokens_of(config, (2, 24))
+    theirs = reference.logits(model, tokens)
+    assert_close(pretrained.logits(config, params, tokens), theirs, 1e-5)
+    assert_close(pretrained.logits(wide, widened, tokens), theirs, 1e-5)

@@ -28,6 +28,9 @@ class NumberTokenizer:
     def encode(self, text: str) -> list[int]:
         return [self.words[w] if w in self.words else int(w) + FIRST for w in text.split()]
 
+    def prompt(self, text: str, *, chat: bool = False) -> list[int]:
+        return self.encode(text)
+
     def decode(self, ids: Sequence[int]) -> str:
         names = {token: word for word, token in self.words.items()}
         return " ".join(names.get(i) or str(i - FIRST) for i in ids if i not in (PAD_ID, EOS_ID))

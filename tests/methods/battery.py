@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import numpy as np
 
-from latentjax.backbone.config import BackboneConfig
+from latentjax.backbone.config import BackboneConfig, Lora
 from latentjax.methods import Coconut, CoT, ICoT, Lengths, Method, NoCoT, Pause
 from latentjax.methods.superposition import GraphCoconut
 from latentjax.tasks.base import Example, Format
@@ -62,7 +62,7 @@ class Case:
         return self.method.prompts(examples, self.codec)
 
     def params(self):
-        return {"backbone": naive.random_params(BACKBONE), "method": self.method.init(jax.random.key(1))}
+        return {"backbone": naive.random_params(self.method.backbone), "method": self.method.init(jax.random.key(1))}
 
     def with_backbone(self, **changes) -> "Case":
         backbone = dataclasses.replace(self.method.backbone, **changes)
@@ -72,6 +72,9 @@ class Case:
 _curriculum = dict(max_latent_stage=3, epochs_per_stage=2, num_epochs=10)
 CASES = {
     "CoT": Case(CoT(BACKBONE, LENGTHS, steps=10)),
+    "CoT with LoRA": Case(
+        CoT(dataclasses.replace(BACKBONE, lora=Lora(2, 3.0, dropout=0.1)), LENGTHS, steps=10)
+    ),
     "NoCoT": Case(NoCoT(BACKBONE, LENGTHS, steps=10, start_marker=True)),
     "ICoT": Case(ICoT(BACKBONE, LENGTHS, steps=10, removals=3, smoothing=1.0), 2),
     "Pause": Case(Pause(BACKBONE, LENGTHS, **_curriculum, mix_earlier=True), 3),

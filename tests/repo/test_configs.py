@@ -1,15 +1,26 @@
 """Every config says what it promises, and its plan can be made without training."""
 
 import ast
+import dataclasses
 import pathlib
 import re
+import runpy
 import subprocess
 import sys
 
+import jax
+import numpy as np
 import pytest
+
+from tests.train.published import write_description, write_model
+from train import cli
+from train.config import Experiment, Mesh, Pretrained
+from train.prepare import prepare
+from train.step import make_step
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 CONFIGS = sorted((ROOT / "configs").glob("*.py"))
+PRETRAINED = [path for path in CONFIGS if "pretrained=" in path.read_text()]
 FIELDS = ("Paper", "Hardware", "Time", "Expected", "Command")
 
 
@@ -25,7 +36,7 @@ def test_docstring_is_a_promise(path):
     assert f"configs/{path.name}" in docstring, f"{path.name}: Command names another file"
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [path for path in CONFIGS if path not in PRETRAINED], ids=lambda path: path.stem)
 def test_plan_can_be_made(path, tmp_path):
     """`--dry-run` builds the task, the method and the shapes, prints the plan, and leaves no run behind."""
     run = tmp_path / "run"
@@ -36,3 +47,88 @@ def test_plan_can_be_made(path, tmp_path):
     assert result.returncode == 0, result.stderr[-2000:]
     assert "steps" in result.stdout
     assert not run.exists()
+
+
+# Configs that start from published weights. The tokenizers of the tests know few words, so a text has more tokens.
+
+MORE_TOKENS = ("--method.lengths.question", "512", "--method.lengths.text", "300")
+
+
+def _published_vocabulary(config: Experiment) -> int:
+    """Tokens of the published tokenizer: those of the config without the method's special tokens."""
+    backbone = config.method.backbone
+    return (backbone.vocab_used or backbone.vocab_size) - len(config.method.special_tokens())
+
+
+def _arms() -> list:
+    """(file, arm) of all of them; those that are not the file's `config` are slow."""
+    cases = []
+    for path in PRETRAINED:
+        defined = runpy.run_path(str(path))
+        arms = {name: defined["arm"](name) for name in defined.get("ARMS", ())} or {None: defined["config"]}
+        for name, config in arms.items():
+            marks = () if config == defined["config"] else pytest.mark.slow
+            cases.append(pytest.param(path, name, marks=marks, id=f"{path.stem}-{name}" if name else path.stem))
+    return cases
+
+
+@pytest.mark.parametrize("path", PRETRAINED, ids=lambda path: path.stem)
+def test_plan_from_published_weights_can_be_made(path, tmp_path, monkeypatch, capsys, published):
+    """`--dry-run` at full size: shapes and shardings of the model that the hub has, a folder without weights in its place."""
+    monkeypatch.setenv("LATENTJAX_DATA", str(published))
+    config = runpy.run_path(str(path))["config"]
+    size = _published_vocabulary(config)
+    theirs = dataclasses.replace(config.method.backbone, vocab_size=size, vocab_used=None, lora=None)
+    write_description(tmp_path / "model", theirs)
+    few = ("--train-examples", str(config.batch_size), "--valid-examples", "4", "--method.backbone.scan-layers", "True")
+    run = tmp_path / "run"
+    words = [
+        str(path),
+        "--dry-run",
+        "--run",
+        str(run),
+        "--pretrained.path",
+        str(tmp_path / "model"),
+        *MORE_TOKENS,
+        *few,
+    ]
+    assert cli.main(words) == 0, capsys.readouterr().err
+    shown = capsys.readouterr().out
+    assert f"effective batch {config.effective_batch} examples" in shown
+    assert not run.exists()
+    assert cli.main([*words, "--batch-size", "32"]) == cli.BAD_INPUT
+    assert f"effective_batch={config.effective_batch}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("path", "arm"), _arms())
+def test_a_step_from_published_weights_at_reduced_size(path, arm, tmp_path, monkeypatch, published):
+    """One optimiser step with the arm's own method, optimiser and tuning, on a narrow model of one layer."""
+    monkeypatch.setenv("LATENTJAX_DATA", str(published))
+    config = _reduced(cli.load_config_file(str(path), arm), tmp_path / "model")
+    prepared = prepare(config)
+    state, batch = prepared.first_state(), prepared.training.batch(0)
+    before = jax.device_get(state.params)
+    new, metrics = jax.jit(make_step(config, prepared.plan.total_steps))(state, batch)
+    assert metrics["finite"] == 1
+    # Random weights know nothing: the loss is near that of guessing, log V.
+    assert abs(float(metrics["loss"]) - np.log(config.method.backbone.vocab_used)) < 1.0
+    moved = [(a != b).any() for a, b in zip(*map(jax.tree.leaves, (before, jax.device_get(new.params))), strict=True)]
+    assert any(moved)
+    assert all(moved) == (config.tuning == "full")
+
+
+def _reduced(config: Experiment, folder: pathlib.Path) -> Experiment:
+    """`config` from a folder of random weights of one narrow layer, with few examples in as many microbatches as it has."""
+    method = config.method
+    backbone = dataclasses.replace(
+        method.backbone, width=16, layers=1, heads=2, kv_heads=None, head_dim=8, mlp_width=24, vocab_size=320,
+        vocab_used=None,
+    )  # fmt: skip
+    write_model(folder, dataclasses.replace(backbone, lora=None, param_dtype="float32"))
+    backbone = dataclasses.replace(backbone, vocab_size=384, vocab_used=320 + len(method.special_tokens()))
+    lengths = dataclasses.replace(method.lengths, question=512, text=300)
+    return dataclasses.replace(
+        config, method=dataclasses.replace(method, backbone=backbone, lengths=lengths), mesh=Mesh(data=1),
+        pretrained=Pretrained(str(folder), new_row=config.pretrained.new_row), batch_size=2 * config.accumulate,
+        effective_batch=None, train_examples=8, valid_examples=2,
+    )  # fmt: skip

@@ -1,5 +1,6 @@
 """The commands, links and paths that the documents name exist."""
 
+import collections
 import importlib.util
 import os
 import pathlib
@@ -12,7 +13,8 @@ import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 DOCUMENTS = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
-CONFIGS = "".join(path.read_text() for path in sorted((ROOT / "configs").glob("*.py")))
+CONFIG_FILES = [f"configs/{path.name}" for path in sorted((ROOT / "configs").glob("*.py"))]
+CONFIGS = "".join((ROOT / name).read_text() for name in CONFIG_FILES)
 OUTSIDE = {".git", ".venv", ".cache", ".ruff_cache", ".pytest_cache", "runs", "dist", "build", "__pycache__"}
 # Absolute paths of one machine. A letter before the slash makes it part of a URL or of a relative path.
 MACHINE_PATH = re.compile(r"(?<![\w.~*-])/(?:work|tmp|home|root|Users|mnt|opt)/\w")
@@ -58,15 +60,16 @@ def test_documented_command_exists(document, words):
 
 @pytest.mark.parametrize("program", ["train", "eval"])
 def test_documented_options_exist(program):
-    """Every option that a document gives to a program is one that the program's help lists."""
-    uses = [words for _, words in ALL if words[1:3] == ["-m", program]]
-    config = ["configs/coconut_hops.py"] if program == "train" else []
-    result = subprocess.run(
-        [sys.executable, "-m", program, *config, "--help"], cwd=ROOT, check=True, capture_output=True, text=True
-    )
-    known = set(re.findall(r"--[\w.-]+", result.stdout))
-    assert uses
-    assert {word for words in uses for word in words if word.startswith("--")} <= known
+    """Every option that a document gives to a program is one that the program's help lists for the same config."""
+    options = collections.defaultdict(set)
+    for words in (words for _, words in ALL if words[1:3] == ["-m", program]):
+        named = [words[3]] if words[3] in CONFIG_FILES else ["configs/coconut_hops.py"]
+        options[tuple(named if program == "train" else [])] |= {word for word in words if word.startswith("--")}
+    assert options
+    for config, given in options.items():
+        command = [sys.executable, "-m", program, *config, "--help"]
+        result = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
+        assert given <= set(re.findall(r"--[\w.-]+", result.stdout)), config
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)

@@ -68,7 +68,7 @@ class Bigram(Method):
 def experiment(**changes: Any) -> Experiment:
     """A run of a few steps on one device; `changes` go to the method where it has such a field, else to the experiment."""
     of_method = {field.name for field in dataclasses.fields(Bigram)}
-    method = functools.partial(Bigram, tiny(13, width=8, layers=1, heads=2, max_positions=24), Lengths(11, 7))
+    method = functools.partial(Bigram, tiny(14, width=8, layers=1, heads=2, max_positions=24), Lengths(11, 7))
     settings: dict[str, Any] = {
         "name": "small",
         "task": SuccessorList(),

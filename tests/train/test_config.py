@@ -124,6 +124,14 @@ def test_a_warm_up_longer_than_the_run_is_an_error():
         Optimizer(warmup_steps=10).build(10)
 
 
+def test_a_warm_up_may_be_a_fraction_of_the_run():
+    fraction, steps = Optimizer(warmup_fraction=0.25, schedule="cosine"), Optimizer(warmup_steps=4, schedule="cosine")
+    rates = [[float(o.learning_rate_schedule(16)(step)) for step in range(17)] for o in (fraction, steps)]
+    assert rates[0] == rates[1]
+    with pytest.raises(ValueError, match=r"optimizer\.warmup_fraction=0.1.*warmup_steps=3"):
+        Optimizer(warmup_fraction=0.1, warmup_steps=3)
+
+
 def test_experiments_are_hashable_values():
     assert hash(experiment()) == hash(experiment())
     assert dataclasses.replace(experiment(), seed=1) != experiment()

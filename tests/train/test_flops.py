@@ -39,5 +39,5 @@ def test_accumulation_does_not_change_the_work():
         prepared = prepare(config)
         step = jax.jit(make_step(config, 4)).trace(prepared.shapes, prepared.training.batch(0))
         counts.append(matmul_flops(step.jaxpr))
-    width, vocabulary, positions = 8, 13, 8 * 7
+    width, vocabulary, positions = 8, 14, 8 * 7
     assert counts == [3 * 2 * width * vocabulary * positions] * 3

@@ -50,7 +50,7 @@ def unbroken(tmp_path_factory):
 def test_a_run_leaves_what_it_promises(unbroken):
     assert (unbroken.step, unbroken.finished) == (TOTAL, True)
     run = unbroken.run
-    names = {"config.json", "environment.json", "tokenizer", "metrics.jsonl", "tensorboard", "checkpoints"}
+    names = {"config.json", "environment.json", "tokenizer", "metrics.jsonl", "tensorboard", "checkpoints", "lock"}
     assert {path.name for path in run.iterdir()} == names
     environment = json.loads((run / "environment.json").read_text())
     assert environment["versions"]["jax"] == jax.__version__
@@ -139,8 +139,8 @@ def test_a_stage_compiles_once(tmp_path, monkeypatch, grow, compiles):
     schedule = (Stage(0, steps=4), Stage(1, steps=4, reset_optimizer=True), Stage(2, steps=4))
     make, traced = loop.make_step, []
 
-    def make_counted(*arguments):
-        step = make(*arguments)
+    def make_counted(*arguments, **options):
+        step = make(*arguments, **options)
 
         def counted(state, batch):
             traced.append(batch.thought_mask.shape)
