@@ -34,7 +34,7 @@ def method(name: str) -> Method:
     """The arm `name`. Lengths hold every line of the shipped files; a longer one is an error, nothing is cut."""
     used = 50257 + (2 if name in ("Coconut", "Pause") else 0)  # tokens of the model, and the markers
     # Dropout is on in the passes that make thoughts as well.
-    backbone = preset("gpt2", vocab_size=padded_size(used), vocab_used=used).with_dropout(0.1)
+    backbone = preset("gpt2", vocab_size=padded_size(used), vocab_used=used, remat="dots").with_dropout(0.1)
     lengths = Lengths(question=256, text=128)
     curriculum = {
         "c_thought": 2,

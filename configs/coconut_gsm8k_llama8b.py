@@ -71,7 +71,7 @@ def arm(name: str, seed: int = 0) -> Experiment:
             warmup_steps=0,
             schedule="constant",
         ),
-        mesh=Mesh(fsdp=8),
+        mesh=Mesh(tensor=8),  # a thought reads all weights for one position a row: an eighth of them on each device
         batch_size=128,
         effective_batch=128,
         accumulate=1,

@@ -208,7 +208,7 @@ def _split(prompts: Prompts, sharding: jax.sharding.NamedSharding | None) -> Pro
     if sharding is None:
         return prompts
 
-    def split(leaf: np.ndarray) -> Any:
+    def split(leaf: Any) -> Any:
         if np.ndim(leaf) == 0:
             return leaf
         return jax.make_array_from_callback(np.shape(leaf), sharding, lambda index: leaf[index])

@@ -56,14 +56,11 @@ def test_memory_is_that_of_the_shards():
 
 
 def test_work_is_that_of_the_real_step():
-    config = _coconut(accumulate=2, train_examples=32, valid_examples=4)
+    config = _coconut(train_examples=32, valid_examples=4)
     prepared = prepare(config)
-    stage = prepared.plan.spans[-1].stage
-    real = jax.make_jaxpr(make_step(config, 4))(prepared.shapes, config.method.batch_shapes(16, stage.index))
-    plan = forecast(config, "cpu-8")
-    assert plan.flops == plan.model_flops == matmul_flops(real)
-    again = forecast(_coconut(backbone={"remat": "full"}), "cpu-8")
-    assert again.model_flops == forecast(_coconut(), "cpu-8").flops < again.flops
+    real = jax.make_jaxpr(make_step(config, 4))(prepared.shapes, prepared.training.batch(3))
+    plan = forecast(_coconut(backbone={"remat": "full"}), "cpu-8")
+    assert plan.model_flops == matmul_flops(real) < plan.flops
 
 
 def test_data_parallel_training_sends_its_gradients():
@@ -78,14 +75,12 @@ def test_data_parallel_training_sends_its_gradients():
 
 
 def test_activations_are_split_by_rows():
-    """Without `split_rows` the partitioner splits their width over fsdp and sums every product over all devices."""
+    """Without `split_rows` the partitioner splits their width over fsdp, and sums each product over all devices: more than
+    one activation of the MLP for the whole batch (2.3 of them here; with it 0.3, for parameters and their gradients)."""
     wide = {"width": 64, "heads": 4, "mlp_width": 512}
     plan = forecast(_coconut(mesh=Mesh(fsdp=8), backbone=wide, batch_size=512), "cpu-8")
-    activations = 4 * 512 // 8 * (11 + 9) * 512  # bytes of one activation of the MLP on one device
-    uses = 2 + 2
-    parameters = plan.memory["parameters"]
-    sent = sum(sent for _, sent in plan.collectives.values())
-    assert sent < uses * 4 * 8 * parameters < 2 * 4 * activations
+    positions, bytes_each = 11 + 9, 4
+    assert sum(sent for _, sent in plan.collectives.values()) < bytes_each * 512 * positions * 512
 
 
 def test_the_stage_with_most_thoughts_is_planned():

@@ -51,6 +51,7 @@ def test_training_and_validation_are_those_of_one_device(mapped, tmp_path):
     assert_close(jax.device_get(mapped.params), jax.device_get(single.params), 1e-4)
 
 
+@pytest.mark.slow
 def test_accumulated_microbatches_too(mapped, tmp_path):
     halves = train(_experiment(accumulate=2), tmp_path, quiet=True)
     assert_close(_numbers(halves.run), _numbers(mapped.run), 1e-4)

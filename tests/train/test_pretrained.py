@@ -379,7 +379,6 @@ def test_a_row_to_copy_that_is_no_token_is_an_error(models):
     ("changes", "message"),
     [
         ({"tuning": "lora"}, r"tuning='lora'.*method\.backbone\.lora=None"),
-        ({"tuning": "half"}, r"tuning='half'.*full, lora, frozen"),
         ({"pretrained": Pretrained("x"), "init_from": "runs/y"}, r"init_from='runs/y'.*set one of them"),
         ({"effective_batch": 128}, r"batch_size=8.*effective_batch=128"),
     ],
