@@ -159,7 +159,7 @@ def test_a_run_of_one_process_goes_on_in_two(config, unbroken, tmp_path):
 )  # fmt: skip
 def test_the_loss_curve_of_two_processes_is_that_of_one(config, tmp_path, words):
     """Eight devices, generation in validation included, and every process makes its own rows only."""
-    words = (*words, "--validate-generation", "True")
+    words = (*words, "--validate-generation")
     codes, outputs = _end(_start(config, "--run", str(tmp_path / "one"), *words, flags=[[]], devices=8))
     assert codes == [0], outputs
     codes, outputs = _end(_pair(config, tmp_path / "two", *words, devices=4))
