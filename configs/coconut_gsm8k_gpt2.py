@@ -2,12 +2,13 @@
 
 Paper: Coconut (arXiv 2412.06769, Table 1 and released GSM8K configs). First 25 epochs on the written chain (arm CoT), of which
     the best checkpoint by validation goes on as Coconut: epochs 3-5 with 2 thoughts instead of the first step, 6-8 with 4,
-    9-11 with 6, 12-24 with 6 and no written step; float32, no warm-up, no clipping, AdamW made anew every epoch. Where the
-    text and the code differ (the text has 6 epochs of stage 0 and 50 in all), this is the code.
-    Not the paper's: up to 128 tokens are generated instead of 64.
-Hardware: the paper's are 4 GPUs with 32 examples each. Data: the training file of 385,620 lines (see latentjax/tasks/gsm8k.py)
-    as `--task.train-file`. The default, 6,884 questions of the original GSM8K, shows that the program runs; it has 1/56 of
-    the steps, and the published figures are not to be expected of it.
+    9-11 with 6, 12-24 with 6 and no written step; no warm-up, no clipping, AdamW made anew every epoch. Where the text and
+    the code differ (the text has 6 epochs of stage 0 and 50 in all), this is the code.
+    Not the paper's: up to 128 tokens are generated instead of 64; products and activations are bfloat16 where the released
+    code has float32 throughout (`--method.backbone.dtype float32`); parameters, softmax, norms and loss are float32 here too.
+Hardware: the paper's are 4 GPUs with 32 examples each; planned for 8 TPU v5e chips (docs/scaling.md). Data: the training file
+    of 385,620 lines (see latentjax/tasks/gsm8k.py) as `--task.train-file`. The default, 6,884 questions of the original GSM8K,
+    shows that the program runs; it has 1/56 of the steps, and the published figures are not to be expected of it.
 Time: not measured here; 3,012 steps an epoch of 128 examples with the whole file.
 Expected: not measured here. Published test accuracy (mean ± std, number of seeds not stated): Coconut 0.341 ± 0.015, CoT
     0.429 ± 0.002, NoCoT 0.165 ± 0.005, Pause ("pause as thought") 0.241 ± 0.007. Best CoT checkpoint: about 0.40 on valid.
@@ -34,7 +35,9 @@ def method(name: str) -> Method:
     """The arm `name`. Lengths hold every line of the shipped files; a longer one is an error, nothing is cut."""
     used = 50257 + (2 if name in ("Coconut", "Pause") else 0)  # tokens of the model, and the markers
     # Dropout is on in the passes that make thoughts as well.
-    backbone = preset("gpt2", vocab_size=padded_size(used), vocab_used=used, remat="dots").with_dropout(0.1)
+    backbone = preset(
+        "gpt2", vocab_size=padded_size(used), vocab_used=used, dtype="bfloat16", remat="dots"
+    ).with_dropout(0.1)  # fmt: skip
     lengths = Lengths(question=256, text=128)
     curriculum = {
         "c_thought": 2,

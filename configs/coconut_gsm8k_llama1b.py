@@ -3,8 +3,8 @@
 Paper: Coconut (arXiv 2412.06769, Table 5: Llama-3.2-3B and Llama-3-8B): one thought a step, 3 epochs on the written chain
     (arm CoT), then one epoch a stage. Everything else of that table's settings is not stated: optimiser and batch are those
     of GPT-2; three stages of thoughts and four epochs without written steps are our choice, and so is bf16 for products.
-Hardware: planned for 64 TPU v5e chips. Data: the training file of 385,620 lines (see latentjax/tasks/gsm8k.py) as
-    `--task.train-file`; the default, 6,884 questions of the original GSM8K, has 1/56 of the steps.
+Hardware: planned for 64 TPU v5e chips (docs/scaling.md). Data: the training file of 385,620 lines (see
+    latentjax/tasks/gsm8k.py) as `--task.train-file`; the default, 6,884 questions of the original GSM8K, has 1/56 of the steps.
 Time: not measured here; 3,012 steps an epoch of 128 examples with the whole file.
 Expected: not measured here. Published test accuracy of Coconut on Llama-3.2-1B: 0.453 (CODI), 0.332 (SIM-CoT), 0.231 (CoLaR,
     whose harness is suspect): the published reruns do not agree.

@@ -3,8 +3,8 @@
 Paper: Coconut (arXiv 2412.06769, Table 5: Llama-3.2-3B and Llama-3-8B): one thought a step, 3 epochs on the written chain
     (arm CoT), then one epoch a stage. Everything else of that table's settings is not stated: optimiser and batch are those
     of GPT-2; three stages of thoughts and four epochs without written steps are our choice, and so is bf16 for products.
-Hardware: planned for 64 TPU v5p chips. Data: the training file of 385,620 lines (see latentjax/tasks/gsm8k.py) as
-    `--task.train-file`; the default, 6,884 questions of the original GSM8K, has 1/56 of the steps.
+Hardware: planned for 64 TPU v5p chips (docs/scaling.md). Data: the training file of 385,620 lines (see
+    latentjax/tasks/gsm8k.py) as `--task.train-file`; the default, 6,884 questions of the original GSM8K, has 1/56 of the steps.
 Time: not measured here; 3,012 steps an epoch of 128 examples with the whole file.
 Expected: not measured here. Published test accuracy on Llama-3-8B: 0.43 with Coconut, 0.422 without a chain of thought (the
     decimals of the first are not legible in our source); on GSM8K-Aug with Llama-3.1-8B no figure of Coconut is known to us.

@@ -5,13 +5,16 @@ A checkpoint is the folder `RUN/checkpoints/STEP` with the parameters, the rest 
 killed while saving leaves no half checkpoint under a step's name. Damage done later is found by two checksums: one of
 every file, and one of the arrays' values. The first is taken of files up to 1 MiB; a larger one holds nothing but
 arrays, which the second covers wherever and by how many processes they were written.
+
+A run may keep its checkpoints in a bucket instead: the file `RUN/checkpoints.address` then says where (gs://BUCKET/FOLDER). An
+object store has no rename: there Orbax writes under the step's name, and `commit_success.txt` last of all. Without that mark
+a checkpoint there is none.
 """
 
 import dataclasses
 import json
 import os
 import pathlib
-import shutil
 import warnings
 import zlib
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -22,7 +25,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-FOLDER, RECORD = "checkpoints", "record.json"
+FOLDER, ADDRESS, RECORD = "checkpoints", "checkpoints.address", "record.json"
+Folder = Any  # etils' epath.Path, which is imported where it is used
 Which = int | str  # a step (also as digits), "last", or "best" (validation accuracy)
 _LARGE = 2**20  # bytes
 # Orbax still writes these after the record, so their checksums cannot be in it. Of the first it is checked that Orbax can
@@ -81,7 +85,7 @@ class Checkpoints:
         """`report` gets a line about every damaged checkpoint. What an interrupted save or deletion left is removed."""
         from orbax.checkpoint import v1 as ocp  # heavy, and only training and evaluation need it
 
-        self.folder, self._keep, self._report = pathlib.Path(run).absolute() / FOLDER, keep, report
+        self.folder, self._keep, self._report = folder_of(run), keep, report
         self._accuracies: dict[int, float] = {}
         self._sealing: tuple[int, dict[str, Any]] | None = None
         for step in self.steps():
@@ -121,7 +125,7 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Steps that have a whole checkpoint, ascending."""
-        return _steps(self.folder)
+        return steps_at(self.folder)
 
     def save(
         self, step: int, items: Mapping[str, Any], record: Mapping[str, Any], *, accuracy: float | None = None
@@ -131,7 +135,9 @@ class Checkpoints:
         The arrays may be changed or donated at once. `accuracy` makes it a candidate for "best". A step that already
         has a checkpoint keeps it: it is the same one. Raises NotSaved, also for the checkpoint before this one."""
         self.wait()
-        if step in self.steps():
+        with self._saving(step):
+            exists = step in self.steps()
+        if exists:
             return
         content = {"record": dict(record), "accuracy": None if accuracy is None else float(accuracy)}
         content |= {"fingerprints": {name: fingerprint(item) for name, item in items.items()}}
@@ -156,15 +162,18 @@ class Checkpoints:
         (folder / RECORD).write_text(json.dumps({"checksum": f"{zlib.crc32(body.encode()):08x}", "body": body}) + "\n")
 
     @contextmanager
-    def _saving(self) -> Generator[None, None, None]:
+    def _saving(self, step: int | None = None) -> Generator[None, None, None]:
+        """Turn any error inside the `with` block into NotSaved of `step`, by default the one that is being written."""
         try:
             yield
-        except Exception as error:  # Orbax and tensorstore raise many kinds for a disk that cannot be written
-            step = self._sealing[0] if self._sealing else "?"
-            whole = ", ".join(map(str, self.steps())) or "none"
+        except Exception as error:  # Orbax, tensorstore and clients of buckets raise many kinds
+            failed = step if step is not None else self._sealing[0] if self._sealing else "?"
+            which = ""
+            if not is_address(str(self.folder)):  # a bucket may be out of reach now
+                which = f" (steps {', '.join(map(str, self.steps())) or 'none'})"
             raise NotSaved(
-                f"checkpoint {self.folder / str(step)} could not be written: {_first_line(error)}; "
-                f"the earlier ones are untouched (steps {whole})"
+                f"checkpoint {self.folder / str(failed)} could not be written: {_first_line(error)}; "
+                f"the earlier ones are untouched{which}"
             ) from error
 
     def load(self, step: int, like: Mapping[str, Any]) -> Restored:
@@ -205,7 +214,7 @@ class Checkpoints:
         while target.exists():
             target = target.with_name(target.name + "-again")
         if jax.process_index() == 0:
-            shutil.rmtree(source) if deleted else source.rename(target)
+            source.rmtree() if deleted else source.rename(target)
         if deleted:
             self._report(f"{source} was being deleted: the rest of it is gone now")
         else:
@@ -231,19 +240,43 @@ def _best(accuracies: Mapping[int, float]) -> int | None:
 # Reading, which changes nothing on disk
 
 
-def _steps(folder: pathlib.Path) -> list[int]:
-    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdecimal()) if folder.is_dir() else []
+def folder_of(run: str | os.PathLike) -> Folder:
+    """Where the checkpoints of the run folder `run` are: in it, or where its file `checkpoints.address` says."""
+    from etils import epath
+
+    address = pathlib.Path(run) / ADDRESS
+    return epath.Path(address.read_text().strip() if address.is_file() else pathlib.Path(run).absolute() / FOLDER)
 
 
-def _files(folder: pathlib.Path) -> list[str]:
+def steps_at(folder: Folder) -> list[int]:
+    """Steps of the whole checkpoints in a folder of a disk or a bucket, ascending."""
+    if not folder.is_dir():
+        return []
+    steps = [path for path in folder.iterdir() if path.name.isdecimal()]
+    if is_address(str(folder)):
+        steps = [path for path in steps if (path / _COMMITTED).exists()]
+    return sorted(int(path.name) for path in steps)
+
+
+def is_address(where: str) -> bool:
+    """Whether `where` names a folder of a bucket and not of a disk."""
+    return "://" in where
+
+
+def _files(folder: Folder) -> list[str]:
     """Names, relative to a checkpoint's folder, of the files that its record speaks of."""
-    names = (str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file())
+
+    def below(path: Folder) -> Generator[Folder, None, None]:
+        for each in path.iterdir():
+            yield from below(each) if each.is_dir() else [each]
+
+    names = (str(file.relative_to(folder)) for file in below(folder))
     return sorted(name for name in names if name not in (RECORD, _METADATA, _COMMITTED))
 
 
-def _checksum(file: pathlib.Path) -> list[Any]:
+def _checksum(file: Folder) -> list[Any]:
     """Size in bytes, and CRC-32 of a file that is not large."""
-    size = file.stat().st_size
+    size = file.stat().length
     return [size, None if size > _LARGE else f"{zlib.crc32(file.read_bytes()):08x}"]
 
 
@@ -261,12 +294,12 @@ def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {text[0][:300] if text else 'no message'}"
 
 
-def _damaged(folder: pathlib.Path, what: object) -> DamagedCheckpoint:
+def _damaged(folder: Folder, what: object) -> DamagedCheckpoint:
     what = _first_line(what) if isinstance(what, Exception) else what
     return DamagedCheckpoint(f"checkpoint {folder} cannot be read: {what}")
 
 
-def _read_record(folder: pathlib.Path) -> dict[str, Any]:
+def _read_record(folder: Folder) -> dict[str, Any]:
     """What `Checkpoints._seal` wrote. Raises DamagedCheckpoint."""
     try:
         sealed = json.loads((folder / RECORD).read_text())
@@ -281,14 +314,14 @@ def _read_record(folder: pathlib.Path) -> dict[str, Any]:
     return content
 
 
-def _item_names(folder: pathlib.Path) -> set[str]:
+def _item_names(folder: Folder) -> set[str]:
     """The items that a checkpoint has by Orbax's own account. Raises ValueError or TypeError where Orbax would."""
     from orbax.checkpoint import metadata
 
     return set(dict(metadata.get_step_metadata(str(folder)).item_handlers))  # ty: ignore[no-matching-overload]
 
 
-def _check_files(folder: pathlib.Path, content: Mapping[str, Any], names: Sequence[str]) -> None:
+def _check_files(folder: Folder, content: Mapping[str, Any], names: Sequence[str]) -> None:
     """Raise DamagedCheckpoint for a file of the items `names`, or of none, that is not as the record says."""
     for file, saved in content["files"].items():
         if file.split("/")[0] not in content["arrays"].keys() - set(names):
@@ -300,7 +333,7 @@ def _check_files(folder: pathlib.Path, content: Mapping[str, Any], names: Sequen
                 raise _damaged(folder, f"{file} has size and CRC-32 {found}, saved were {saved}")
 
 
-def _check_arrays(folder: pathlib.Path, content: Mapping[str, Any], like: Mapping[str, Any]) -> None:
+def _check_arrays(folder: Folder, content: Mapping[str, Any], like: Mapping[str, Any]) -> None:
     """Raise OtherArrays listing the first arrays in which the checkpoint differs from `like`."""
     different = []
     for name, item in like.items():
@@ -314,7 +347,7 @@ def _check_arrays(folder: pathlib.Path, content: Mapping[str, Any], like: Mappin
         raise OtherArrays(f"checkpoint {folder} is of another architecture:\n  " + "\n  ".join(different[:5]) + more)
 
 
-def _load(folder: pathlib.Path, like: Mapping[str, Any]) -> Restored:
+def _load(folder: Folder, like: Mapping[str, Any]) -> Restored:
     from orbax.checkpoint import v1 as ocp
 
     content, items, failure = {}, {}, None
@@ -349,7 +382,7 @@ def _everywhere(holds: bool) -> bool:
 
 def available_steps(run: str | os.PathLike) -> list[int]:
     """Steps of the run folder `run` that have a checkpoint, ascending. Writes nothing."""
-    return _steps(pathlib.Path(run) / FOLDER)
+    return steps_at(folder_of(run))
 
 
 def load_params(run: str | os.PathLike, which: Which = "last", *, average: bool = False) -> tuple[Any, int]:
@@ -362,12 +395,13 @@ def load_item(run: str | os.PathLike, name: str, which: Which = "last") -> tuple
 
     Reads nothing else. Raises FileNotFoundError if the run has no checkpoint, ValueError if not that one, or
     DamagedCheckpoint."""
-    if not available_steps(run):
-        raise FileNotFoundError(f"{pathlib.Path(run)}: no checkpoint there (looked in its folder {FOLDER!r})")
+    place = folder_of(run)
+    if not steps_at(place):
+        raise FileNotFoundError(f"{pathlib.Path(run)}: no checkpoint there (looked in {place})")
     from orbax.checkpoint import v1 as ocp
 
-    step = _resolve(pathlib.Path(run).absolute() / FOLDER, which)
-    folder = pathlib.Path(run).absolute() / FOLDER / str(step)
+    step = _resolve(place, which)
+    folder = place / str(step)
     _check_files(folder, _read_record(folder), [name])  # before Orbax reads what it may not understand
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     try:
@@ -378,9 +412,9 @@ def load_item(run: str | os.PathLike, name: str, which: Which = "last") -> tuple
     return _load(folder, {name: like}).items[name], step
 
 
-def _resolve(folder: pathlib.Path, which: Which) -> int:
+def _resolve(folder: Folder, which: Which) -> int:
     """The step that `which` names. Raises ValueError listing the steps there are."""
-    steps = _steps(folder)
+    steps = steps_at(folder)
     there = ", ".join(map(str, steps)) or "none"
     if which == "last":
         return steps[-1]

@@ -49,46 +49,33 @@ def generate(
     prefix: Prefix | None = None,
     record: tuple[str, ...] = (),
     further: Mapping[str, tuple[Array, Array]] | None = None,
+    recordable: tuple[str, ...] = RECORDABLE,
     hide_question: bool = False,
 ) -> Generation:
     """Prefill the question, run `thinking` for at most `slots` thoughts, force `end_marker` and `prefix`, decode text.
 
     Everything is static in shape: the generation has Q + slots + P + max_new_tokens slots. `ids` holds the token ids "eos"
-    and "pad". `further` names other contexts (tokens, mask) that see the same thoughts after a question of their own. With
-    `hide_question` the forced positions and the text attend to the thoughts only.
+    and "pad". `further` names other contexts (tokens or embeddings, mask) that see the same thoughts after a question of their
+    own. With `hide_question` the forced positions and the text attend to the thoughts only.
     """
-    unknown = set(record) - set(RECORDABLE)
-    if unknown:
-        raise ValueError(f"record={sorted(unknown)}: can be recorded: {', '.join(RECORDABLE)}")
-    if slots % slots_per_step:
-        raise ValueError(f"slots={slots} is not a multiple of slots_per_step={slots_per_step}")
     if intervention is not None and prefix is not None and prefix.instead:
         raise ValueError("intervention: there are no thoughts to change when prefix.instead replaces them")
     if thinking is None or (prefix is not None and prefix.instead):
         thinking, slots = None, 0
     forced = _forced(question.shape[0], end_marker, prefix)
     width = 0 if forced is None else forced[0].shape[1]
-    if intervention is not None and slots and intervention.where.shape[1] != slots:
-        raise ValueError(f"intervention.where has {intervention.where.shape[1]} thoughts; this rollout has {slots}")
-    capacity = slots + width + max_new_tokens
+    frames = 0 if thinking is None else thinking.framing * (slots // slots_per_step)
+    capacity = slots + frames + width + max_new_tokens
+    think_key, text_key = jax.random.split(key)
     decoder.check_positions(
         backbone.config,
         question.shape[1] + capacity,
         f"question ({question.shape[1]}), thoughts ({slots}), forced ({width}) and new tokens ({max_new_tokens})",
     )
-    prompts = {MAIN: (question, question_mask), **(further or {})}
-    contexts = {name: prefill(backbone, *prompt, capacity) for name, prompt in prompts.items()}
-    read = sum(mask.sum(axis=1, dtype=jnp.int32) for _, mask in prompts.values())
-    one = jnp.ones(question.shape[0], jnp.int32)
-    cost = Cost(one, read, jnp.zeros_like(one))
-    think_key, text_key = jax.random.split(key)
-    thought_steps = None
-    if thinking is not None and slots:
-        state, thought_steps = run(
-            backbone, thinking, start(thinking, contexts, cost), slots // slots_per_step, think_key, until_done=True,
-            intervention=intervention, record=record,
-        )  # fmt: skip
-        contexts, cost = state.contexts, state.cost
+    contexts, cost, thought_steps = think(
+        backbone, question, question_mask, think_key, thinking=thinking, slots=slots, slots_per_step=slots_per_step,
+        capacity=capacity, intervention=intervention, record=record, recordable=recordable, further=further,
+    )  # fmt: skip
     if hide_question:
         contexts = {name: hidden_question(context) for name, context in contexts.items()}
     if forced is not None:
@@ -97,6 +84,44 @@ def generate(
     state = start(source, {MAIN: contexts[MAIN]}, cost)
     state, text_steps = run(backbone, source, state, max_new_tokens, text_key, until_done=True)
     return _assemble(question, question_mask, thought_steps, forced, text_steps, state.cost, ids["pad"])
+
+
+def think(
+    backbone: Backbone,
+    question: Int[Array, "B Q"],
+    question_mask: Bool[Array, "B Q"],
+    key: Key[Array, ""],
+    *,
+    thinking: Source | None,
+    slots: int,
+    slots_per_step: int,
+    capacity: int,
+    intervention: Intervention | None = None,
+    record: tuple[str, ...] = (),
+    recordable: tuple[str, ...] = RECORDABLE,
+    further: Mapping[str, tuple[Array, Array]] | None = None,
+) -> tuple[Mapping[str, Context], Cost, Step | None]:
+    """The first half of `generate`: prefill the question with room for `capacity` more positions, and run `thinking` for at
+    most `slots` thoughts."""
+    unknown = set(record) - set(recordable)
+    if unknown:
+        raise ValueError(f"record={sorted(unknown)}: can be recorded: {', '.join(recordable)}")
+    if slots % slots_per_step:
+        raise ValueError(f"slots={slots} is not a multiple of slots_per_step={slots_per_step}")
+    if intervention is not None and slots and intervention.where.shape[1] != slots:
+        raise ValueError(f"intervention.where has {intervention.where.shape[1]} thoughts; this rollout has {slots}")
+    prompts = {MAIN: (question, question_mask), **(further or {})}
+    contexts = {name: prefill(backbone, *prompt, capacity) for name, prompt in prompts.items()}
+    read = sum(mask.sum(axis=1, dtype=jnp.int32) for _, mask in prompts.values())
+    one = jnp.ones(question.shape[0], jnp.int32)
+    cost = Cost(one, read, jnp.zeros_like(one))
+    if thinking is None or not slots:
+        return contexts, cost, None
+    state, thoughts = run(
+        backbone, thinking, start(thinking, contexts, cost), slots // slots_per_step, key, until_done=True,
+        intervention=intervention, record=record,
+    )  # fmt: skip
+    return state.contexts, state.cost, thoughts
 
 
 def hidden_question(context: Context) -> Context:
@@ -147,7 +172,7 @@ def _assemble(question, question_mask, thought_steps: Step | None, forced, text_
     if thought_steps is None:
         thoughts, thought_mask = jnp.zeros((batch, 0, 0)), jnp.zeros((batch, 0), bool)
     else:
-        thoughts, thought_mask = _slots(thought_steps.inputs), _slots(thought_steps.valid)
+        thoughts, thought_mask = slots_of(thought_steps.inputs), slots_of(thought_steps.valid)
         size = thought_steps.valid.shape[2]
         for parts, x, blank in (
             (tokens, thought_steps.token, pad), (kinds, thought_steps.kind, Kind.PAD), (scores, thought_steps.log_prob, 0),
@@ -155,9 +180,7 @@ def _assemble(question, question_mask, thought_steps: Step | None, forced, text_
             parts.append(jnp.where(thought_mask, jnp.repeat(x.T, size, axis=1), blank))
         tokens[-1] = jnp.where((kinds[-1] == Kind.MIXED) | (kinds[-1] == Kind.TEXT), tokens[-1], pad)
         thought_mask &= kinds[-1] != Kind.TEXT  # a source may write text between its thoughts
-        recorded = {name: _slots(x) for name, x in thought_steps.recorded.items() if name != "kv"}
-        if "kv" in thought_steps.recorded:  # [N, entries, B, S, heads, head_dim] -> [entries, B, K, heads, head_dim]
-            recorded["kv"] = tuple(jax.vmap(_slots, 1)(x) for x in thought_steps.recorded["kv"])
+        recorded = recorded_slots(thought_steps.recorded)
     if forced is not None:
         tokens.append(jnp.where(forced[1], forced[0], pad))
         kinds.append(jnp.where(forced[1], jnp.where(forced[0] < 0, Kind.THOUGHT, forced[3]), Kind.PAD))
@@ -170,7 +193,15 @@ def _assemble(question, question_mask, thought_steps: Step | None, forced, text_
     return Generation(*joined, thoughts, thought_mask, cost, recorded)
 
 
-def _slots(x: Array) -> Array:
+def slots_of(x: Array) -> Array:
     """[N, B, S, ...] of a run -> [B, N * S, ...]."""
     x = jnp.moveaxis(x, 0, 1)
     return x.reshape(x.shape[0], -1, *x.shape[3:])
+
+
+def recorded_slots(recorded: Mapping[str, Any]) -> dict[str, Any]:
+    """What a run recorded, as `Generation.recorded` holds it."""
+    found: dict[str, Any] = {name: slots_of(x) for name, x in recorded.items() if name != "kv"}
+    if "kv" in recorded:  # [N, entries, B, S, heads, head_dim] -> [entries, B, K, heads, head_dim]
+        found["kv"] = tuple(jax.vmap(slots_of, 1)(x) for x in recorded["kv"])
+    return found

@@ -53,9 +53,12 @@ class Peeked:
 
 
 class Peek(Protocol):
-    """Run inputs [B, S, D] with validity [B, S] against a named context; nothing is written."""
+    """Run inputs [B, S, D] with validity [B, S] against a named context, or one that an earlier peek gave; nothing is
+    written. `mask` is among the inputs."""
 
-    def __call__(self, inputs: Array, valid: Array, context: str = MAIN) -> Peeked: ...
+    def __call__(
+        self, inputs: Array, valid: Array, context: "str | Context" = MAIN, *, mask: MaskSpec = MaskSpec()
+    ) -> Peeked: ...
 
 
 @struct.dataclass
@@ -76,6 +79,7 @@ class Proposal:
     candidate: Mapping[str, Peeked] = struct.field(default_factory=dict)
     peeks: int = struct.field(pytree_node=False, default=0)  # sequential forwards spent on peeks
     peeked: int = struct.field(pytree_node=False, default=0)  # positions they processed, per row
+    recorded: Mapping[str, Any] = struct.field(default_factory=dict)  # arrays [B, S, ...] that only the source has
 
 
 class Source(NamedTuple):
@@ -85,6 +89,13 @@ class Source(NamedTuple):
     next: Callable[[Any, Array, Array, Peek, Array], Proposal]  # (carry, hidden [B, D], logits [B, V], peek, key)
     project: Callable[[Array], Array] = lambda x: x
     mask: MaskSpec = MaskSpec()  # among the S slots of one proposal
+    # Marker vectors [1, D] that every proposal is committed between, in the same pass; they are no thoughts.
+    frame: tuple[Any, Any] | None = None
+
+    @property
+    def framing(self) -> int:
+        """Positions that the frame of one proposal takes."""
+        return 0 if self.frame is None else 2
 
 
 @struct.dataclass
@@ -140,8 +151,9 @@ class Generation:
     recorded: Mapping[str, Any] = struct.field(default_factory=dict)  # what `record` asked for, see RECORDABLE
 
 
-# Of the slots of thoughts: inputs [B, K, D], hidden states [B, K, D], cache entries (see Intervention.kv).
-RECORDABLE = ("inputs", "hidden", "kv")
+# Of the slots of thoughts: inputs [B, K, D], hidden states [B, K, D], cache entries (see Intervention.kv). Of each proposal:
+# the hidden state of the last position committed [B, N, D]. A source may have more to offer (`Proposal.recorded`).
+RECORDABLE = ("inputs", "hidden", "kv", "last")
 
 
 @struct.dataclass
@@ -182,13 +194,14 @@ class Backbone(NamedTuple):
 
 def prefill(
     backbone: Backbone,
-    tokens: Int[Array, "B S"],
+    tokens: Int[Array, "B S"] | Float[Array, "B S D"],
     valid: Bool[Array, "B S"],
     capacity: int,
     *,
     key: Key[Array, ""] | None = None,
 ) -> Context:
-    """Run the question once. Its keys and values become the frozen part of a cache with `capacity` free slots.
+    """Run the question, as tokens or embeddings, once. Its keys and values become the frozen part of a cache with
+    `capacity` free slots.
 
     Rows are right-padded and hold at least one token; `key` turns dropout on."""
     out = decoder.apply(backbone.config, backbone.params, tokens, valid, key=key)
@@ -254,8 +267,9 @@ def advance(
     dropout_key = dropout_key if train else None
     hidden = state.contexts[MAIN].hidden
 
-    def look(inputs: Array, valid: Array, context: str = MAIN) -> Peeked:
-        return peek(backbone, state.contexts[context], inputs, valid, mask=source.mask, key=dropout_key)
+    def look(inputs: Array, valid: Array, context: str | Context = MAIN, *, mask: MaskSpec = MaskSpec()) -> Peeked:
+        past = state.contexts[context] if isinstance(context, str) else context
+        return peek(backbone, past, inputs, valid, mask=mask, key=dropout_key)
 
     proposal = source.next(state.carry, hidden, backbone.head(hidden), look, source_key)
     thinks = (proposal.kind == Kind.THOUGHT) | (proposal.kind == Kind.MIXED)
@@ -266,13 +280,16 @@ def advance(
     else:
         vectors = jnp.where((proposal.kind == Kind.TEXT)[:, None, None], backbone.embed(token)[:, None], vectors)
     adopted = proposal.candidate if intervention is None else {}
+    framed, framed_valid, mask, framed_replace = _framed(source, vectors, proposal.valid, replace)
 
     def commit(name: str, context: Context) -> Peeked:
         if name in adopted:
             return adopted[name]
-        return peek(
-            backbone, context, vectors, proposal.valid, mask=source.mask, key=dropout_key, replace=replace
-        )  # fmt: skip
+        peeked = peek(backbone, context, framed, framed_valid, mask=mask, key=dropout_key, replace=framed_replace)
+        if source.frame is None:
+            return peeked
+        inner = {"hidden": peeked.hidden[:, 1:-1], "inputs": peeked.inputs[:, 1:-1], "kv": _without_frame(peeked.kv)}
+        return peeked.replace(**inner)
 
     def commit_all() -> dict[str, Peeked]:
         return {name: commit(name, context) for name, context in state.contexts.items()}
@@ -283,7 +300,7 @@ def advance(
 
     committed = jax.lax.cond(proposal.valid.any(), commit_all, leave) if skip_empty else commit_all()
     contexts = {name: peeked.context for name, peeked in committed.items()}
-    used = proposal.valid.sum(axis=1, dtype=jnp.int32)
+    used = framed_valid.sum(axis=1, dtype=jnp.int32)
     runs = len(committed) - len(adopted)
     looked = jnp.where(used > 0, 1, 0)
     cost = Cost(
@@ -291,13 +308,42 @@ def advance(
         state.cost.positions + looked * proposal.peeked + used * runs,
         state.cost.answer_tokens + ((proposal.kind == Kind.TEXT) & ~state.done),
     )
-    available = {"inputs": committed[MAIN].inputs, "hidden": committed[MAIN].hidden}
+    available = {
+        "inputs": committed[MAIN].inputs, "hidden": committed[MAIN].hidden, "last": contexts[MAIN].hidden[:, None],
+    } | dict(proposal.recorded)  # fmt: skip
     recorded = {name: available[name] for name in record if name != "kv"}
     if "kv" in record:
         recorded["kv"] = caches.slot_major(committed[MAIN].kv, stacked=backbone.config.scans_layers)
     log_prob = jnp.zeros(used.shape, jnp.float32) if proposal.log_prob is None else proposal.log_prob
     step = Step(token, proposal.kind, log_prob, inputs, proposal.valid, recorded)
     return State(contexts, proposal.carry, proposal.done, state.count + proposal.valid.shape[1], cost), step
+
+
+def _framed(source: Source, vectors: Array, valid: Array, replace: Any) -> tuple[Array, Array, MaskSpec, Any]:
+    """What a commit runs, with the source's frame around it: inputs [B, 1 + S + 1, D], validity, mask, map on new keys and
+    values."""
+    if source.frame is None:
+        return vectors, valid, source.mask, replace
+    before, after = (jnp.broadcast_to(x, (*vectors.shape[:1], 1, vectors.shape[2])) for x in source.frame)
+    used = valid.any(axis=1, keepdims=True)
+    mask = source.mask
+    if mask.block is not None:
+        mask = mask.replace(block=jnp.pad(mask.block, ((0, 0), (1, 1)), constant_values=-1))
+
+    def replace_thoughts(kv: Any) -> Any:
+        return jax.tree.map(lambda whole, part: whole.at[..., 1:-1, :].set(part), kv, replace(_without_frame(kv)))
+
+    return (
+        jnp.concatenate([before.astype(vectors.dtype), vectors, after.astype(vectors.dtype)], axis=1),
+        jnp.concatenate([used, valid, used], axis=1),
+        mask,
+        None if replace is None else replace_thoughts,
+    )
+
+
+def _without_frame(kv: Any) -> Any:
+    """Keys and values of the thoughts alone; slots are the last axis but one in every layout."""
+    return jax.tree.map(lambda x: x[..., 1:-1, :], kv)
 
 
 def _intervene(intervention, proposal, thinks, count, *, stacked):

@@ -17,7 +17,7 @@ from latentjax.backbone.config import BackboneConfig
 AXES = ("data", "fsdp", "tensor")
 
 # First match wins; a rule gives the axes of the trailing dimensions, leading ones (the layer axis) stay whole. What no rule
-# names is whole on every device: so are the parameters of thoughts until a rule for them stands here.
+# names is whole on every device: so are biases and vectors of width D, and parameters of thoughts without a rule here.
 RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"embed/tokens$", ("tensor", "fsdp")),  # [V, D]
     (r"embed/positions$", (None, "fsdp")),  # [P, D]
@@ -32,6 +32,14 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"layers/(attention_out|mlp_down)/lora_b$", (None, "fsdp")),  # [R, D]
     (r"layers/(attention_out|mlp_down)/bias$", (None,)),  # [D]: as large as one activation, and added to whole sums
     (r"norm/(scale|bias)$", (None,)),  # [D] or [E], the norms of queries and keys included
+    # Thoughts of a VAE: from and to latents, whose width Z is small.
+    (r"method/(latent_in|decompress)/kernel$", (None, "fsdp")),  # [Z, D]
+    (r"method/(mean|log_variance|head/out|decision)/kernel$", ("fsdp", None)),  # [D, Z]; two outputs of the decision
+    # The two layers of an embedding of a time or a length of time, split as an MLP's, and what reads it.
+    (r"method/(head_)?(time|span)/in/kernel$", (None, "tensor")),  # [256, D]
+    (r"method/(head_)?(time|span)/in/bias$", ("tensor",)),
+    (r"method/(head_)?(time|span)/out/kernel$", ("tensor", "fsdp")),  # [D, D]
+    (r"method/head/modulation/kernel$", ("tensor", "fsdp")),  # [D, 2 D]
 )
 
 

@@ -186,6 +186,10 @@ class WordTokenizer:
             raise KeyError(f"token {token!r} is not in the vocabulary of {self.vocab_size} tokens")
         return self._ids[token]
 
+    def same_as(self, other: "Tokenizer") -> bool:
+        """Whether `other` gives every text the same ids."""
+        return isinstance(other, WordTokenizer) and self._backend.to_str() == other._backend.to_str()
+
     def save(self, folder: str | os.PathLike) -> None:
         """Write the tokenizer into `folder` (made if absent), as `transformers` does: `AutoTokenizer` reads it and gives
         the same ids."""
@@ -325,6 +329,10 @@ class PretrainedTokenizer:
         if len(ids) != 1:
             raise KeyError(f"token {token!r} is not one token of this tokenizer: it is encoded as {len(ids)}")
         return ids[0]
+
+    def same_as(self, other: "Tokenizer") -> bool:
+        """Whether `other` gives every text the same ids."""
+        return isinstance(other, PretrainedTokenizer) and self._backend.to_str() == other._backend.to_str()
 
     def save(self, folder: str | os.PathLike) -> None:
         """Write the tokenizer into `folder` (made if absent), special tokens and chat template included."""

@@ -38,6 +38,8 @@ class Program:
 
     run: pathlib.Path | None = None
     """Run directory; default runs/NAME-seedSEED. A run that exists is continued if its config is the same."""
+    checkpoints: str | None = None
+    """Where a new run keeps its checkpoints instead of in its directory: gs://BUCKET/FOLDER."""
     stop_after_steps: int | None = None
     """Stop and save after this many steps; the same command goes on from there."""
     stop_after_minutes: float | None = None
@@ -86,7 +88,7 @@ def main(arguments: Sequence[str]) -> int:
         from train.prepare import describe, prepare, trace  # after parsing: JAX takes a second to start
 
         run = program.run or pathlib.Path("runs") / f"{experiment.name}-seed{experiment.seed}"
-        check_run(run, experiment)
+        check_run(run, experiment, program.checkpoints)
         prepared = prepare(experiment, run)
         if program.dry_run:
             trace(prepared)
@@ -105,6 +107,7 @@ def main(arguments: Sequence[str]) -> int:
         train(
             prepared,
             run,
+            checkpoints=program.checkpoints,
             stop_after_steps=program.stop_after_steps,
             stop_after_minutes=program.stop_after_minutes,
         )

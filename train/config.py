@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import optax
 
+from latentjax.backbone import lora
 from latentjax.backbone.vocabulary import NewRow
 from latentjax.methods.base import Method
 from latentjax.tasks.base import Task
@@ -160,7 +161,9 @@ class Experiment:
     deterministic: bool = (
         False  # GPUs only, slower: a run repeats and resumes bit for bit, as on CPU and TPU (docs/scaling.md)
     )
-    init_from: str | None = None  # run whose parameters to start from: "RUN", "RUN@best" or "RUN@STEP"
+    # Run whose parameters to start from: "RUN", "RUN@best" or "RUN@STEP"; or such a run for each part that the method takes
+    # from other runs ({"vae": RUN} for LaDiR), beside which the method's own backbone may be `pretrained`.
+    init_from: str | Mapping[str, str] | None = None
     seed: int = 0
 
     def __post_init__(self):
@@ -198,10 +201,21 @@ class Experiment:
             (adapters is not None) == (self.tuning == "lora"), "tuning", self.tuning,
             f"method.backbone.lora={adapters} " + ("has adapters, which only lora trains" if adapters else "says no rank"),
         )  # fmt: skip
-        one_start = self.pretrained is None or self.init_from is None
-        _require(one_start, "init_from", self.init_from, "the run starts from `pretrained` already: set one of them")
+        one_start = self.pretrained is None or not isinstance(self.init_from, str)
+        right = "the run starts from `pretrained` already: set one of them, or name runs of parts, by role"
+        _require(one_start, "init_from", self.init_from, right)
         fresh = not self.fresh_data or self.train_examples is not None
         _require(fresh, "train_examples", self.train_examples, "fresh_data needs the number of examples of an epoch")
+        if not isinstance(self.init_from, str):  # a run named as a whole must be of this method (train/starting.py)
+            roles, parts = set(self.init_from or {}), set(self.method.parts())
+            example = dict.fromkeys(sorted(parts), "RUN") or None
+            right = f"{self.method.name} needs a run for each of its parts, init_from={example}"
+            _require(roles == parts, "init_from", self.init_from, right)
+
+    @property
+    def untrained(self) -> tuple[str, ...]:
+        """Regular expressions of the parameters that no stage trains: for them there is no optimiser state."""
+        return (*lora.frozen_patterns(self.tuning), *self.method.untrained)
 
 
 def to_json(value: Any, where: str = "config") -> Any:

@@ -10,7 +10,7 @@ from collections.abc import Generator
 
 import jax
 
-from latentjax.checkpoint import NotSaved, available_steps
+from latentjax.checkpoint import ADDRESS, NotSaved, available_steps
 
 LOCK = "lock"
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
@@ -58,6 +58,9 @@ def writing(run: pathlib.Path) -> Generator[None, None, None]:
         if not isinstance(error, NotSaved) and error.errno not in _FULL:
             raise
         what = str(error) if isinstance(error, NotSaved) else f"{run} could not be written: {error}"
-        steps = available_steps(run)
-        go_on = f"at step {steps[-1]}" if steps else "from the start"
+        if (run / ADDRESS).exists():  # in a bucket, which may be out of reach now
+            go_on = "from its last checkpoint"
+        else:
+            steps = available_steps(run)
+            go_on = f"at step {steps[-1]}" if steps else "from the start"
         raise NotSaved(f"{what}; with space there, it goes on {go_on}: python -m train --resume {run}") from error

@@ -124,7 +124,7 @@ def _state(experiment: Experiment, mesh: jax.sharding.Mesh) -> tuple[Any, Any]:
     def make() -> train_state.TrainState:
         params = train_state.init_params(experiment.method, experiment.seed)
         return train_state.create(
-            params, optimizer, seed=experiment.seed, ema=experiment.ema is not None, tuning=experiment.tuning
+            params, optimizer, seed=experiment.seed, ema=experiment.ema is not None, untrained=experiment.untrained
         )
 
     shapes = jax.eval_shape(make)

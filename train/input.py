@@ -142,14 +142,23 @@ def positions_used(batch: Batch) -> int:
 
 
 def check_lengths(experiment: Experiment, codec: Codec, plan: Plan, examples: Sequence[Example], split: str) -> None:
-    """Encode the longest `examples` for every stage, so that a too long one is found before anything is compiled.
+    """Encode the `examples` with the longest parts, and those with the most and the fewest steps, for every stage, so that one
+    that does not fit is found before anything is compiled.
 
     Raises ValueError, of the tokenizer for an unknown word or of the method for a length, naming the split."""
     try:
         question = np.array([len(codec.question(example)) for example in examples])
-        text = np.array([sum(map(len, codec.steps(e))) + len(codec.answer(e)) for e in examples])
-        longest = sorted({*np.argsort(question)[-4:].tolist(), *np.argsort(text)[-4:].tolist()})
+        steps = [[len(step) for step in codec.steps(example)] for example in examples]
+        text = np.array([sum(of) + len(codec.answer(e)) for of, e in zip(steps, examples, strict=True)])
+        step, number = (np.array([function(of) for of in steps]) for function in (_longest, len))
+        longest = sorted(
+            {i for sizes in (question, text, step, number, -number) for i in np.argsort(sizes)[-4:].tolist()}
+        )
         for stage in {span.stage.index for span in plan.spans}:
             experiment.method.encode([examples[i] for i in longest], codec, stage, generator(experiment.seed, _VALID))
     except ValueError as error:
         raise ValueError(f"{split} split of {type(experiment.task).__name__}: {error}") from error
+
+
+def _longest(sizes: Sequence[int]) -> int:
+    return max(sizes, default=0)

@@ -74,6 +74,7 @@ def train(
     experiment: Experiment | Prepared,
     run: str | os.PathLike,
     *,
+    checkpoints: str | None = None,
     quiet: bool = False,
     progress: bool = True,
     stop_after_steps: int | None = None,
@@ -85,6 +86,7 @@ def train(
     Args:
         experiment: or what `prepare` made of it.
         run: the run directory, made if absent.
+        checkpoints: where in a bucket a new run keeps its checkpoints, gs://BUCKET/FOLDER; None: in its directory.
         quiet: print nothing.
         progress: show a progress bar if there is a terminal.
         stop_after_steps: stop and save after that many steps of this call.
@@ -101,10 +103,10 @@ def train(
     """
     started = time.perf_counter()
     if not isinstance(experiment, Prepared):
-        check_run(pathlib.Path(run), experiment)
+        check_run(pathlib.Path(run), experiment, checkpoints)
         experiment = prepare(experiment, pathlib.Path(run))
     prepared, run = experiment, pathlib.Path(run)
-    check_run(run, prepared.experiment)
+    check_run(run, prepared.experiment, checkpoints)
     check_deterministic(prepared.experiment)
     prepared.check_weights()
     terminal = Terminal(quiet=quiet or jax.process_index() > 0, progress=progress)
@@ -116,12 +118,12 @@ def train(
         stack.enter_context(hold(run))
         stack.enter_context(writing(run))
         if jax.process_index() == 0:
-            check_run(run, prepared.experiment)  # again: another program may have made it meanwhile
-            open_run(run, prepared.experiment, prepared.tokenizer, **notes)
+            check_run(run, prepared.experiment, checkpoints)  # again: another program may have made it meanwhile
+            open_run(run, prepared.experiment, prepared.tokenizer, checkpoints, **notes)
         together()
         keep = prepared.experiment.keep
-        checkpoints = stack.enter_context(Checkpoints(run, keep=keep, report=terminal.line))
-        loop = _Loop(prepared, run, checkpoints, terminal, on_step)
+        saved = stack.enter_context(Checkpoints(run, keep=keep, report=terminal.line))
+        loop = _Loop(prepared, run, saved, terminal, on_step)
         deadline = None if stop_after_minutes is None else started + 60 * stop_after_minutes
         with contextlib.closing(loop):
             loop.run_until(loop.done + stop_after_steps if stop_after_steps is not None else None, deadline)
@@ -175,7 +177,7 @@ class _Loop:
             self._metrics.write("event", 0, {"event": "start"} | start)
         optimizer = self._experiment.optimizer.build(self._plan.total_steps)
         self._reset = jax.jit(
-            lambda state: train_state.reset_optimizer(state, optimizer, self._experiment.tuning),
+            lambda state: train_state.reset_optimizer(state, optimizer, self._experiment.untrained),
             out_shardings=prepared.shardings,
             donate_argnums=0,
         )

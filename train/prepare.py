@@ -3,10 +3,11 @@
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
 from latentjax.backbone.decoder import check_positions
@@ -19,9 +20,11 @@ from train.config import Experiment, Pretrained, to_json
 from train.input import Training, check_lengths, train_examples, valid_examples
 from train.parallel import Parallel, batch_form
 from train.plan import Plan, lay_out
-from train.starting import check_start, check_weights, published_params, run_tokenizer
+from train.starting import check_start, check_weights, inherited_params, published_params, run_tokenizer
 from train.state import TrainState
 from train.step import make_step
+
+_MEASURED = 4096  # examples from which the statistics of an adopted part are taken
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +40,7 @@ class Prepared:
     shapes: TrainState  # arrays of the state as shapes and types
     shardings: TrainState
     parallel: Parallel
-    inherited: Any  # parameters of the run that `init_from` names, or None
+    inherited: Any  # parameters of the runs that `init_from` names, on the host, or None
     published: Pretrained | None  # weights of which the first state is made; None for a run with checkpoints
 
     @property
@@ -54,22 +57,42 @@ class Prepared:
         """The state before the first step, on the mesh. Published weights are read now."""
         experiment = self.experiment
         optimizer = experiment.optimizer.build(self.plan.total_steps)
-        source = self.published or f"init_from={experiment.init_from!r}"
 
-        def make(start: Any) -> TrainState:
+        def make(published: Any, inherited: Any) -> TrainState:
             params = train_state.init_params(experiment.method, experiment.seed)
-            if start is not None:
-                params = train_state.merge_params(params, start, str(source))
+            if published is not None:
+                params = train_state.merge_params(params, published, str(self.published))
+                params = experiment.method.adapt(params, published)
+            if inherited is not None:
+                params = train_state.merge_params(params, inherited, f"init_from={experiment.init_from!r}")
             return train_state.create(
-                params, optimizer, seed=experiment.seed, ema=experiment.ema is not None, tuning=experiment.tuning
+                params, optimizer, seed=experiment.seed, ema=experiment.ema is not None, untrained=experiment.untrained
             )
 
-        if self.published is None:
-            # From the host: arrays of one device are not what several processes can put on a mesh of all.
-            return jax.jit(make, out_shardings=self.shardings)(jax.device_get(self.inherited))
-        start = published_params(self.published, experiment, self.tokenizer, self.parallel.mesh)
-        # Donated, so that the state's parameters are these arrays and not copies of them.
-        return jax.jit(make, out_shardings=self.shardings, donate_argnums=0)(start)
+        mesh, published, inherited = self.parallel.mesh, None, None
+        if self.published is not None:
+            published = published_params(self.published, experiment, self.tokenizer, mesh)
+        if self.inherited is not None:
+            inherited = inherited_params(self.inherited, mesh)
+        # Published arrays are donated, so that the state's parameters are these and not copies of them.
+        state = jax.jit(make, out_shardings=self.shardings, donate_argnums=0)(published, inherited)
+        return self._measured(state) if isinstance(experiment.init_from, Mapping) else state
+
+    def _measured(self, state: TrainState) -> TrainState:
+        """`state` with what has to be known about adopted parts, from about `_MEASURED` training examples.
+
+        Raises ValueError saying why a part cannot be used."""
+        method, batch = self.experiment.method, self.training.batch(0)
+        parallel = dataclasses.replace(self.parallel, kind="jit")
+        measure, _ = parallel.compile(
+            lambda _: method.measure, state.params, self.shardings.params, batch, updates=False
+        )
+        steps = min(-(-_MEASURED // self.experiment.batch_size), self.plan.steps_per_epoch)
+        sums = measure(state.params, parallel.place(batch))
+        for step in range(1, steps):
+            sums = jax.tree.map(jnp.add, sums, measure(state.params, parallel.place(self.training.batch(step))))
+        params = method.with_measured(state.params, sums)
+        return jax.device_put(state.replace(params=params), self.shardings)
 
 
 def prepare(experiment: Experiment, run: pathlib.Path | None = None) -> Prepared:
@@ -104,7 +127,7 @@ def prepare(experiment: Experiment, run: pathlib.Path | None = None) -> Prepared
         train_state.frozen_mask(params, span.stage.frozen)
     create = functools.partial(
         train_state.create, optimizer=optimizer, seed=experiment.seed, ema=experiment.ema is not None,
-        tuning=experiment.tuning,
+        untrained=experiment.untrained,
     )  # fmt: skip
     shapes = jax.eval_shape(create, params)
     return Prepared(
@@ -168,7 +191,7 @@ def describe(prepared: Prepared) -> list[str]:
     experiment, plan = prepared.experiment, prepared.plan
     leaves = jax.tree.leaves(prepared.shapes.params)
     count, size = sum(leaf.size for leaf in leaves), experiment.batch_size
-    trained = train_state.trained_part(prepared.shapes.params, experiment.tuning)
+    trained = train_state.trained_part(prepared.shapes.params, experiment.untrained)
     trains = sum(leaf.size for leaf in jax.tree.leaves(trained))
     mesh = {axis: n for axis, n in prepared.batch_sharding.mesh.shape.items() if n > 1}
     lines = [

@@ -6,6 +6,7 @@ tokenizer/         the tokenizer, as `transformers` saves one
 metrics.jsonl      one record a line: training, validation, events
 tensorboard/       the same curves for TensorBoard
 checkpoints/       see latentjax/checkpoint.py
+checkpoints.address  instead of it, if the run keeps them in a bucket: where
 eval/              what the evaluation program writes
 lock               held by the program that trains the run (see train/disk.py)
 """
@@ -24,7 +25,7 @@ from typing import Any
 
 import jax
 
-from latentjax.checkpoint import Which, available_steps, load_params
+from latentjax.checkpoint import ADDRESS, Which, available_steps, folder_of, load_params, steps_at
 from latentjax.tokenizers import Tokenizer, load_tokenizer
 from train.config import Experiment, differences, load_config, read_json, save_config, to_json
 from train.disk import LOCK
@@ -64,7 +65,7 @@ def load_run(path: str | os.PathLike, checkpoint: Which = "last") -> LoadedRun:
 
 def run_params(path: pathlib.Path, checkpoint: Which, experiment: Experiment) -> tuple[Any, int]:
     """Parameters of a run of `experiment`, with the moving average of what trained where one was kept, and the step."""
-    if experiment.ema is None or experiment.tuning == "full":  # then the average is of all parameters
+    if experiment.ema is None or not experiment.untrained:  # then the average is of all parameters
         return load_params(path, checkpoint, average=experiment.ema is not None)
     params, step = load_params(path, checkpoint)
     average, _ = load_params(path, step, average=True)
@@ -83,15 +84,19 @@ def parse_source(source: str) -> tuple[pathlib.Path, Which]:
     return pathlib.Path(path), int(which)
 
 
-def check_run(path: pathlib.Path, experiment: Experiment) -> bool:
+def check_run(path: pathlib.Path, experiment: Experiment, checkpoints: str | None = None) -> bool:
     """Whether `path` is a run of `experiment` to continue (True) or free for a new one (False). Writes nothing.
 
-    A run may go on with another mesh: that says where it runs and not what it is.
+    A run may go on with another mesh: that says where it runs and not what it is. `checkpoints` is where in a bucket its
+    checkpoints are to be; None: where they are, and for a new run in its directory.
 
     Raises ValueError listing the fields, old -> new, if it is a run of another experiment, and ValueError if something
-    else is there."""
+    else is there, or checkpoints of another run in the bucket."""
     if re.match(r"\w+:/", str(path)):
-        raise ValueError(f"--run {path}: must be a folder, on a network disk or a mounted bucket (docs/scaling.md)")
+        raise ValueError(
+            f"--run {path}: must be a folder, on a network disk or a mounted bucket; only checkpoints can be in a bucket: "
+            "--checkpoints gs://BUCKET/FOLDER (docs/scaling.md)"
+        )
     if (path / CONFIG).is_file():
         old, new = (
             {name: value for name, value in config.items() if name not in _PLACE}
@@ -103,20 +108,49 @@ def check_run(path: pathlib.Path, experiment: Experiment) -> bool:
                 f"{path} is a run of another config; give a new --run, or the fields their old values:\n  "
                 + "\n  ".join(different)
             )
+        if checkpoints is not None and checkpoints.rstrip("/") != str(folder_of(path)):
+            raise ValueError(
+                f"--checkpoints {checkpoints}: those of the run {path} are in {folder_of(path)}; leave it out"
+            )
         return True
     # A program that was killed in its first moments leaves these.
-    started = {LOCK, CONFIG + ".partial"}
+    started = {LOCK, ADDRESS, CONFIG + ".partial"}
     if path.exists() and (not path.is_dir() or {other.name for other in path.iterdir()} - started):
         raise ValueError(f"--run {path}: exists and is not a run directory (it has no {CONFIG})")
+    if checkpoints is not None:
+        _check_address(checkpoints)
     return False
 
 
-def open_run(path: pathlib.Path, experiment: Experiment, tokenizer: Tokenizer, **notes: Any) -> None:
+def _check_address(checkpoints: str) -> None:
+    """Raise ValueError unless a new run can keep its checkpoints in the bucket's folder `checkpoints`."""
+    if not re.fullmatch(r"gs://[^/]+/[^/].*", checkpoints):
+        raise ValueError(f"--checkpoints {checkpoints}: must be gs://BUCKET/FOLDER, with a folder for this run alone")
+    from etils import epath
+
+    try:
+        steps = steps_at(epath.Path(checkpoints))
+    except ImportError as error:
+        raise ValueError(f"--checkpoints {checkpoints}: needs gcsfs: pip install -e '.[gcs]' ({error})") from error
+    except Exception as error:  # of the client, its credentials and the network: many kinds
+        raise ValueError(f"--checkpoints {checkpoints}: cannot be read ({type(error).__name__}: {error})") from error
+    if steps:
+        raise ValueError(
+            f"--checkpoints {checkpoints}: holds those of another run (steps {', '.join(map(str, steps))})"
+        )
+
+
+def open_run(
+    path: pathlib.Path, experiment: Experiment, tokenizer: Tokenizer, checkpoints: str | None = None, **notes: Any
+) -> None:
     """Make the run directory, or add a session to one that `check_run` approved. `notes` go into the environment.
 
     Of several processes the first alone calls it."""
     path.mkdir(parents=True, exist_ok=True)
     if not (path / CONFIG).exists():
+        (path / ADDRESS).unlink(missing_ok=True)
+        if checkpoints is not None:
+            (path / ADDRESS).write_text(checkpoints.rstrip("/") + "\n")
         partial = path / (CONFIG + ".partial")
         save_config(partial, experiment)
         partial.rename(path / CONFIG)  # whole or absent: it is what makes the folder a run

@@ -1,4 +1,6 @@
-"""Where a run starts: new parameters, published weights, or another run; and which tokenizer it has.
+"""Where a run starts: new parameters, published weights, or other runs; and which tokenizer it has.
+
+Published weights and runs of parts go together: LaDiR's reasoner starts as a published model, its VAE comes from a run.
 
 Published weights (`Experiment.pretrained`) are read once, by the first session of a run, tensor by tensor onto the mesh.
 From the first checkpoint on the run holds all that it needs, its tokenizer included: a continued run, an evaluation and an
@@ -8,17 +10,21 @@ export never look at the published files again. What a run started from is in it
 import dataclasses
 import functools
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import Mesh, NamedSharding
 
 from latentjax.backbone import decoder, pretrained, vocabulary
 from latentjax.backbone.config import BackboneConfig
+from latentjax.methods.base import Method
 from latentjax.sharding import param_shardings
 from latentjax.tokenizers import PretrainedTokenizer, Tokenizer, load_tokenizer
 from train import state as train_state
-from train.config import Experiment, Pretrained, load_config
+from train.config import Experiment, Pretrained, differences, load_config, to_json
 from train.run import CONFIG, TOKENIZER, parse_source, run_params
 
 # Fields of a backbone in which a run may differ from the folder that it starts from: how it trains, not what it computes.
@@ -48,7 +54,7 @@ def run_tokenizer(experiment: Experiment, run: pathlib.Path | None = None) -> To
 
 def _tokenizer_of_source(experiment: Experiment) -> Tokenizer:
     """For `init_from`: a published tokenizer goes on from run to run, a task's is made anew."""
-    source, _ = _source(experiment)
+    source, _ = _sources(experiment)[0][1:]
     tokenizer = load_tokenizer(source / TOKENIZER)
     if not isinstance(tokenizer, PretrainedTokenizer):
         return experiment.task.tokenizer(experiment.method.special_tokens())
@@ -69,8 +75,9 @@ def check_start(experiment: Experiment, tokenizer: Tokenizer | None, params: Any
 
     `tokenizer` is None if the run continues: the published model is then not looked at.
 
-    Returns the parameters of the run that `init_from` names, those of the backbone only if it trained another method; None
-    without `init_from`. Raises ValueError or FileNotFoundError naming every field or the first array that does not fit."""
+    Returns the parameters of the run that `init_from` names, those of the backbone only if it trained another method, or of
+    the parts from other runs, on the host; None without `init_from`. Raises ValueError or FileNotFoundError naming every
+    field or the first array that does not fit."""
     if experiment.tuning == "frozen" and not jax.tree.leaves(params["method"]):
         raise ValueError(
             f"tuning='frozen': nothing would train, because {experiment.method.name} has no parameters besides the backbone's"
@@ -79,24 +86,96 @@ def check_start(experiment: Experiment, tokenizer: Tokenizer | None, params: Any
         _check_backbone(experiment.pretrained, experiment, tokenizer)
     if experiment.init_from is None:
         return None
-    source, which = _source(experiment)
-    theirs = load_config(source / CONFIG)
-    inherited, _ = run_params(source, which, theirs)
-    if type(theirs.method) is not type(experiment.method):
-        # Arrays of another method mean something else, whatever their name.
-        inherited = {"backbone": inherited["backbone"]}
+    inherited: dict[str, Any] = {}
+    for role, source, which in _sources(experiment):
+        theirs = load_config(source / CONFIG)
+        # On the host, where they stay as long as the run: beside its state one device may not have room for them.
+        found = jax.device_get(run_params(source, which, theirs)[0])
+        parts = experiment.method.parts()
+        if role is not None:
+            _check_part(experiment, role, source, theirs.method, tokenizer)
+            found = experiment.method.adopt(role, found)
+            if experiment.pretrained is not None and "backbone" in found:
+                raise ValueError(
+                    f"pretrained.path={experiment.pretrained.path!r}: the {role} of {experiment.method.name} brings the "
+                    f"backbone with it (init_from={source}); leave `pretrained` out"
+                )
+        elif type(theirs.method) is type(experiment.method):
+            for part in parts:  # they come along
+                _check_part(experiment, part, source, theirs.method.parts()[part], tokenizer)
+        elif parts:
+            raise ValueError(
+                f"init_from={experiment.init_from!r}: is a run of {theirs.method.name}, which has no "
+                f"{' and no '.join(parts)}; name a run for each part that {experiment.method.name} takes from others"
+            )
+        else:
+            # Arrays of another method mean something else, whatever their name.
+            found = {"backbone": found["backbone"]}
+        inherited = _joined(inherited, found)
     merge = functools.partial(train_state.merge_params, source=f"init_from={experiment.init_from!r}")
     jax.eval_shape(merge, params, inherited)
     return inherited
 
 
-def _source(experiment: Experiment) -> tuple[pathlib.Path, int | str]:
-    path, which = parse_source(str(experiment.init_from))
-    if not (path / CONFIG).is_file():
-        raise FileNotFoundError(
-            f"init_from={experiment.init_from!r}: {path} is not a run directory (it has no {CONFIG})"
+def inherited_params(inherited: Any, mesh: Mesh) -> Any:
+    """The arrays that `check_start` returned on `mesh`, each split by its name, so that no device holds all of them."""
+
+    def place(x: np.ndarray, where: NamedSharding) -> jax.Array:
+        return jax.make_array_from_callback(x.shape, where, lambda index: x[index])
+
+    return jax.tree.map(place, inherited, param_shardings(mesh, inherited))
+
+
+def _sources(experiment: Experiment) -> list[tuple[str | None, pathlib.Path, int | str]]:
+    """Each run that `init_from` names: the part that comes from it (None: the method itself), directory, checkpoint."""
+    named = experiment.init_from
+    sources: list[tuple[str | None, pathlib.Path, int | str]] = []
+    for role, source in [(None, named)] if isinstance(named, str) else list((named or {}).items()):
+        path, which = parse_source(source)
+        if not (path / CONFIG).is_file():
+            raise FileNotFoundError(f"init_from={source!r}: {path} is not a run directory (it has no {CONFIG})")
+        sources.append((role, path, which))
+    return sources
+
+
+# Fields of a part in which the run that trained it may differ from what the method says of it: how it was trained, and
+# fields of its backbones that say how they are stored and compiled.
+_TRAINING = ("steps", "epochs")
+_STORED = ("param_dtype", "scan_layers", "remat", "platform")
+
+
+def _check_part(
+    experiment: Experiment, role: str, source: pathlib.Path, theirs: Method, tokenizer: Tokenizer | None
+) -> None:
+    """Raise ValueError unless `theirs` of the run `source` is the part that the method expects, with the same tokenizer."""
+    wanted, found = (
+        {name: _unstored(value) for name, value in to_json(method).items() if name not in _TRAINING}
+        for method in (experiment.method.parts()[role], theirs)
+    )
+    if different := differences(found, wanted, f"method.{role}"):
+        raise ValueError(
+            f"init_from: {source} is not the {role} that {experiment.method.name} expects (there -> here):\n  "
+            + "\n  ".join(different)
         )
-    return path, which
+    if tokenizer is not None and not tokenizer.same_as(load_tokenizer(source / TOKENIZER)):
+        raise ValueError(
+            f"init_from: {source} was trained with another tokenizer, so its tokens are not this run's; train the {role} "
+            "again on this task"
+        )
+
+
+def _unstored(value: Any) -> Any:
+    """The JSON form `value` without the fields `_STORED` of the backbones in it."""
+    if not isinstance(value, dict):
+        return value
+    is_backbone = value.get("class", "").endswith(f".{BackboneConfig.__name__}")
+    return {name: _unstored(x) for name, x in value.items() if not (is_backbone and name in _STORED)}
+
+
+def _joined(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
+    """Two trees of parameters as one."""
+    flat = flatten_dict(first, keep_empty_nodes=True) | flatten_dict(second, keep_empty_nodes=True)
+    return unflatten_dict(flat)
 
 
 def _check_backbone(source: Pretrained, experiment: Experiment, tokenizer: Tokenizer) -> None:

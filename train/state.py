@@ -41,16 +41,16 @@ def init_params(method: Method, seed: int) -> dict[str, Any]:
     return {"backbone": decoder.init(method.backbone, backbone_key), "method": method.init(method_key)}
 
 
-def trained_part(params: Any, tuning: str) -> Any:
-    """The part of `params` (or of a tree like it) that trains under `tuning`, as nested dicts without the other leaves.
+def trained_part(params: Any, untrained: tuple[str, ...]) -> Any:
+    """The part of `params` (or of a tree like it) that trains, as nested dicts without the leaves whose path one of the
+    regular expressions `untrained` (`Experiment.untrained`) is found in.
 
     Gradients, optimiser state and average are trees like this one, so what does not train costs none of them."""
-    patterns = lora.frozen_patterns(tuning)
-    if not patterns:
+    if not untrained:
         return params
     flat = flatten_dict(params, sep="/")
     return unflatten_dict(
-        {path: leaf for path, leaf in flat.items() if not any(re.search(pattern, path) for pattern in patterns)},
+        {path: leaf for path, leaf in flat.items() if not any(re.search(pattern, path) for pattern in untrained)},
         sep="/",
     )
 
@@ -64,10 +64,10 @@ def with_part(params: Any, part: Any) -> Any:
 
 
 def create(
-    params: Any, optimizer: optax.GradientTransformation, *, seed: int, ema: bool, tuning: str = "full"
+    params: Any, optimizer: optax.GradientTransformation, *, seed: int, ema: bool, untrained: tuple[str, ...] = ()
 ) -> TrainState:
     """The state before the first step. Pure, so that it can run under jit with shardings or under `eval_shape`."""
-    trained = trained_part(params, tuning)
+    trained = trained_part(params, untrained)
     return TrainState(
         params=params,
         opt_state=optimizer.init(trained),
@@ -77,13 +77,15 @@ def create(
     )
 
 
-def reset_optimizer(state: TrainState, optimizer: optax.GradientTransformation, tuning: str = "full") -> TrainState:
+def reset_optimizer(
+    state: TrainState, optimizer: optax.GradientTransformation, untrained: tuple[str, ...] = ()
+) -> TrainState:
     """`state` with new moments. The learning-rate schedule goes on: it belongs to the run, not to the moments."""
 
     def is_schedule(node: Any) -> bool:
         return isinstance(node, optax.ScaleByScheduleState)
 
-    new = optimizer.init(trained_part(state.params, tuning))
+    new = optimizer.init(trained_part(state.params, untrained))
     kept = jax.tree.map(lambda new, old: old if is_schedule(old) else new, new, state.opt_state, is_leaf=is_schedule)
     return state.replace(opt_state=kept)
 
@@ -111,15 +113,15 @@ def frozen_mask(params: Any, patterns: Sequence[str]) -> Any:
 
 
 def merge_params(params: Mapping[str, Any], other: Mapping[str, Any], source: str) -> dict[str, Any]:
-    """`params` with every array that `other` has too taken from `other`. The whole backbone must be there, but for LoRA
-    adapters: new ones change nothing at first.
+    """`params` with every array that `other` has too taken from `other`. If there is a backbone in it, the whole of it must
+    be, but for LoRA adapters: new ones change nothing at first.
 
     Raises ValueError naming a parameter of the backbone that `other` lacks or that has another shape."""
     theirs = dict(zip(parameter_paths(other), jax.tree.leaves(other), strict=True))
     merged = []
     for path, own in zip(parameter_paths(params), jax.tree.leaves(params), strict=True):
         new = theirs.get(path)
-        if new is None and path.startswith("backbone/") and not path.endswith(lora.LEAVES):
+        if new is None and "backbone" in other and path.startswith("backbone/") and not path.endswith(lora.LEAVES):
             raise ValueError(f"{source}: has no parameter {path}")
         if new is not None and new.shape != own.shape:
             raise ValueError(f"{source}: {path} has shape {new.shape}, here it is {own.shape}")

@@ -23,21 +23,21 @@ def make_step(
     The step returns the new state and float32 scalars: the method's metrics, `grad_norm` (before clipping),
     `learning_rate`, and `finite` (1 if loss and gradients are finite, else 0: the new state is then worthless).
     """
-    method, optimizer, tuning = experiment.method, experiment.optimizer.build(total_steps), experiment.tuning
+    method, optimizer, untrained = experiment.method, experiment.optimizer.build(total_steps), experiment.untrained
     schedule = experiment.optimizer.learning_rate_schedule(total_steps)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
-        trained, still = trained_part(state.params, tuning), frozen_mask(state.params, frozen)
+        trained, still = trained_part(state.params, untrained), frozen_mask(state.params, frozen)
         key = jax.random.fold_in(state.key, state.step)
         if axis is not None:
             key = jax.random.fold_in(key, jax.lax.axis_index(axis))
-        grads, metrics = gradients(method, state, batch, key, still, experiment.accumulate, tuning)
+        grads, metrics = gradients(method, state, batch, key, still, experiment.accumulate, untrained)
         grads, metrics = mean_over_devices(grads, metrics, axis)
         grad_norm = optax.tree.norm(grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, trained)
         # Weight decay would move a frozen parameter although its gradient is zero.
         updates = jax.tree.map(
-            lambda update, stop: jnp.zeros_like(update) if stop else update, updates, trained_part(still, tuning)
+            lambda update, stop: jnp.zeros_like(update) if stop else update, updates, trained_part(still, untrained)
         )
         trained = optax.apply_updates(trained, updates)
         ema = state.ema
@@ -55,15 +55,21 @@ def make_step(
 
 
 def gradients(
-    method: Method, state: TrainState, batch: Batch, key: jax.Array, still: Any, accumulate: int, tuning: str = "full"
+    method: Method,
+    state: TrainState,
+    batch: Batch,
+    key: jax.Array,
+    still: Any,
+    accumulate: int,
+    untrained: tuple[str, ...] = (),
 ) -> tuple[Any, dict[str, jax.Array]]:
-    """Gradients of what trains under `tuning`, and metrics, of the mean loss over all targets of `batch`, one microbatch at
-    a time.
+    """Gradients of all but the `untrained` parameters, and metrics, of the mean loss over all targets of `batch`, one
+    microbatch at a time.
 
     `method.loss` and its metrics are means over the `targets` that it counts, so a microbatch weighs as many as it has.
     `still` marks parameters whose gradient is to be zero; every array of the batch has the batch as its first axis.
     """
-    trained = trained_part(state.params, tuning)
+    trained = trained_part(state.params, untrained)
 
     def loss(trained: Any, micro: Batch, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         params = with_part(state.params, trained)

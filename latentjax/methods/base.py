@@ -90,6 +90,35 @@ class Method:
         del key
         return {}
 
+    @property
+    def untrained(self) -> tuple[str, ...]:
+        """Regular expressions of paths of parameters that no stage trains (parts of other runs, measured constants)."""
+        return ()
+
+    def adapt(self, params: dict[str, Any], published: Mapping[str, Any]) -> dict[str, Any]:
+        """`params` of a run that starts from the weights of a `published` model, {"backbone": ...}, already in place: what
+        else of the method starts from them is put in."""
+        del published
+        return params
+
+    def parts(self) -> Mapping[str, "Method"]:
+        """Methods whose trained parameters this one holds, by role: `init_from` names a run for each."""
+        return {}
+
+    def adopt(self, role: str, params: Mapping[str, Any]) -> dict[str, Any]:
+        """Where the parameters of the part `role` go: a tree like this method's params with nothing else in it."""
+        raise NotImplementedError
+
+    def measure(self, params: Any, batch: Batch) -> Any:
+        """Sums over a training batch of what has to be known about adopted parts before training."""
+        del params, batch
+        return ()
+
+    def with_measured(self, params: dict[str, Any], sums: Any) -> dict[str, Any]:
+        """`params` with what follows from the `sums` over several batches. Raises ValueError if the parts cannot be used."""
+        del sums
+        return params
+
     def encode(self, examples: Sequence[Example], codec: Codec, stage: int, rng: np.random.Generator) -> Batch:
         """Host side: one training batch of curriculum stage `stage`, numpy arrays, fixed shapes.
 

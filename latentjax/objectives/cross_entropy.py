@@ -12,14 +12,21 @@ def token_cross_entropy(
 
     A target is predicted correctly if no other token has a larger logit. A batch without targets has loss 0.
     """
+    log_probs, right = log_probabilities(logits, labels)
+    return mean_over_targets(-log_probs, mask, right)
+
+
+def log_probabilities(
+    logits: Float[Array, "B T V"], labels: Int[Array, "B T"]
+) -> tuple[Float[Array, "B T"], Bool[Array, "B T"]]:
+    """log softmax(logits)[label] in fp32, and whether no other token has a larger logit."""
     logits = logits.astype(jnp.float32)
     # A masked sum and not an index: its gradient is part of the softmax's pass, where an index would scatter into zeros.
     is_label = jnp.arange(logits.shape[-1]) == labels[..., None]
     # Relative to the largest logit, so that a small loss is not the difference of two large numbers.
     logits = logits - jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
     chosen = jnp.sum(jnp.where(is_label, logits, 0.0), axis=-1)
-    losses = jnp.log(jnp.sum(jnp.exp(logits), axis=-1)) - chosen
-    return mean_over_targets(losses, mask, chosen >= 0.0)
+    return chosen - jnp.log(jnp.sum(jnp.exp(logits), axis=-1)), chosen >= 0.0
 
 
 def mean_over_targets(

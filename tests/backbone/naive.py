@@ -18,8 +18,12 @@ from latentjax.backbone.config import BackboneConfig
 
 def random_params(config: BackboneConfig, seed: int = 0):
     """Parameters of the right shapes in which every array matters: no bias is 0 and no scale is 1."""
+    return random_like(jax.eval_shape(lambda key: decoder.init(config, key), jax.random.key(0)), seed)
+
+
+def random_like(shapes, seed: int = 0):
+    """The same for any tree of shapes with such names."""
     rng = np.random.default_rng(seed)
-    shapes = jax.eval_shape(lambda key: decoder.init(config, key), jax.random.key(0))
 
     def draw(path, leaf):
         name = path[-1].key

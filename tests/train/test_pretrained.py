@@ -33,6 +33,8 @@ from train.prepare import prepare
 from train.run import load_run
 from train.step import gradients, make_step
 
+LORA_ONLY = lora.frozen_patterns("lora")
+
 TOKENS = 320  # of the folders' tokenizers
 SIZES = {"vocab_size": TOKENS, "width": 32, "layers": 2, "heads": 4, "max_positions": 128}
 FAMILIES = {
@@ -168,7 +170,7 @@ def test_only_adapters_train_and_nothing_else_has_gradients_or_optimiser_state(m
     state, batch = started(config)
     names = [path for path in train_state.parameter_paths(state.params) if path.endswith(lora.LEAVES)]
     assert len(names) == 14
-    shapes = sorted(leaf.shape for leaf in jax.tree.leaves(train_state.trained_part(state.params, "lora")))
+    shapes = sorted(leaf.shape for leaf in jax.tree.leaves(train_state.trained_part(state.params, LORA_ONLY)))
     for tree in (state.opt_state[1].mu, state.opt_state[1].nu, state.ema):
         assert sorted(leaf.shape for leaf in jax.tree.leaves(tree)) == shapes
     counts = [leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim == 0]
@@ -178,12 +180,12 @@ def test_only_adapters_train_and_nothing_else_has_gradients_or_optimiser_state(m
 
     @functools.partial(jax.jit, static_argnums=0)
     def found_with(accumulate):
-        return gradients(config.method, state, batch, state.key, still, accumulate, "lora")[0]
+        return gradients(config.method, state, batch, state.key, still, accumulate, LORA_ONLY)[0]
 
     def loss(params):  # every parameter has a gradient here
         return config.method.loss(params, batch, state.key, {"step": 0, "ema": None}, train=True)[0]
 
-    found, right = found_with(1), train_state.trained_part(jax.jit(jax.grad(loss))(state.params), "lora")
+    found, right = found_with(1), train_state.trained_part(jax.jit(jax.grad(loss))(state.params), LORA_ONLY)
     assert jax.tree.structure(found) == jax.tree.structure(right)
     assert max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(found)) > 0
     jax.tree.map(lambda a, b: assert_close(a, b, 1e-5), found, right)
@@ -199,13 +201,13 @@ def test_only_adapters_train_and_nothing_else_has_gradients_or_optimiser_state(m
     ]
     assert moved == [name for name in names if name.endswith("lora_b")]  # B is zero at first, and so A's gradient
     chex.assert_trees_all_equal(
-        train_state.trained_part(new.average, "lora"),
-        jax.tree.map(lambda a, b: 0.5 * a + 0.5 * b, state.ema, train_state.trained_part(new.params, "lora")),
+        train_state.trained_part(new.average, LORA_ONLY),
+        jax.tree.map(lambda a, b: 0.5 * a + 0.5 * b, state.ema, train_state.trained_part(new.params, LORA_ONLY)),
     )
     base = [lora.split(tree["backbone"])[0] for tree in (new.average, state.params)]
     chex.assert_trees_all_equal(*base)
 
-    reset = train_state.reset_optimizer(new, config.optimizer.build(4), "lora")
+    reset = train_state.reset_optimizer(new, config.optimizer.build(4), LORA_ONLY)
     assert jax.tree.structure(reset.opt_state) == jax.tree.structure(state.opt_state)
     assert not any(leaf.any() for leaf in jax.tree.leaves(reset.opt_state[1]))
 
