@@ -19,6 +19,7 @@ from rich.console import Console
 from eval.evaluate import Evaluation, check_split, evaluate_split
 from eval.plots import plot_accuracies, plot_forced_thoughts
 from eval.report import Row, accuracy_table, cost_table, log_test_use, save_results, seed_lines
+from eval.samples import Samples, grouped, repeated, sample_table, save_samples, summarise
 from latentjax.rollout import Sampling
 from latentjax.tasks.base import Example
 from train.cli import BAD_INPUT, reject_assignments
@@ -26,10 +27,32 @@ from train.run import LoadedRun, enable_compilation_cache, load_run
 
 
 @dataclasses.dataclass(frozen=True)
+class SamplerOptions:
+    """How a method that generates its thoughts step by step (LaDiR) does so, where it is not as its config says."""
+
+    steps: int | None = None
+    """Solver steps of a block."""
+    solver: Literal["euler", "heun", "midpoint"] | None = None
+    """Order 1 (euler) or 2, with twice the forward passes a step."""
+    guidance: float | None = None
+    """Weight of the question; 1 is none."""
+    noise_scale: float | None = None
+    """Standard deviation of the noise that a block starts from."""
+    repulsion: float | None = None
+    """Strength of the force between the samples of a problem; needs --samples."""
+    repulsion_form: Literal["paper", "slotwise", "early_text", "released"] | None = None
+    """See latentjax/thoughts/flow.py."""
+
+    def given(self) -> dict[str, Any]:
+        """The fields that were set."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
+
+
+@dataclasses.dataclass(frozen=True)
 class Options:
     """Evaluate trained runs: accuracy with 95% Wilson intervals, unparsable answers, costs; saves every prediction.
 
-    Writes RUN/eval/SPLIT-CHECKPOINT[-kK|-curve].json, the predictions beside it as .jsonl, and plots as .png. Earlier
+    Writes RUN/eval/SPLIT-CHECKPOINT[-kK|-curve][-samplesN].json, the predictions beside it as .jsonl, and plots as .png. Earlier
     results are kept: a second evaluation gets a numbered name. Each use of a test split is logged in
     RUN/eval/test_uses.jsonl before it happens.
     """
@@ -41,7 +64,9 @@ class Options:
     count: int | None = None
     """Number of problems. A generated split needs one; a published split is whole without."""
     batch: int = 64
-    """Problems per call."""
+    """Problems per call; with --samples a call has BATCH x SAMPLES rows."""
+    samples: int | None = None
+    """Answers to each problem, for pass@k and the number of different right ones; give a temperature, too."""
     thoughts: int | Literal["best"] | None = None
     """Number of thoughts instead of the method's own; "best": the most accurate one of the run's newest forced-k curve
     on the experiment's validation split at the same checkpoint (the smallest of equals)."""
@@ -57,6 +82,8 @@ class Options:
     """Sample from the smallest set of tokens with this probability."""
     min_p: float = 0.0
     """Sample from tokens at least this probable relative to the best."""
+    sampler: SamplerOptions = SamplerOptions()
+    """Only of methods that have one."""
     seed: int = 0
     """Of sampling."""
     data_seed: int = 0
@@ -87,13 +114,21 @@ def main(arguments: Sequence[str]) -> int:
         print(f"error: {message}", file=sys.stderr)
         return BAD_INPUT
     command = shlex.join(["python", "-m", "eval", *arguments])
+    title = f"{options.split}, checkpoint {options.checkpoint}"
+    if options.samples is not None:
+        sampled = [sample_request(request, options, options.samples, command) for request in requests]
+        lines = [(request.path.name, result) for request, (_, result) in zip(requests, sampled, strict=True)]
+        console.print(sample_table(lines, f"{title}, {options.samples} samples a problem"))
+        for path, _ in sampled:
+            console.print(f"wrote {path}", soft_wrap=True)
+        return 0
     done = [(request, evaluate_request(request, options, command)) for request in requests]
     rows = [
         _row(request, options.split, k, evaluation)
         for request, (_, evaluations) in done
         for k, evaluation in evaluations.items()
     ]
-    console.print(accuracy_table(rows, f"{options.split}, checkpoint {options.checkpoint}"))
+    console.print(accuracy_table(rows, title))
     console.print(cost_table(rows, "means per problem"))
     for line in seed_lines(rows):
         console.print(line)
@@ -113,7 +148,9 @@ def parse(arguments: Sequence[str]) -> Options:
         raise ValueError("runs: name at least one run directory")
     if options.thoughts is not None and options.forced_k is not None:
         raise ValueError(f"thoughts={options.thoughts} and forced_k={options.forced_k}: give one of them")
-    for field in ("count", "batch"):
+    if options.samples is not None and (options.forced_k is not None or options.device_time):
+        raise ValueError(f"samples={options.samples}: goes with one number of thoughts and without device_time")
+    for field in ("count", "batch", "samples"):
         if (value := getattr(options, field)) is not None and value < 1:
             raise ValueError(f"{field}={value}: an evaluation needs at least 1")
     if options.forced_k is not None and options.forced_k < 0:
@@ -124,7 +161,7 @@ def parse(arguments: Sequence[str]) -> Options:
 
 def prepare(path: Path, options: Options) -> Request:
     """Load a run and check that it can be evaluated as asked; compiles and writes nothing."""
-    run = load_run(path, checkpoint=options.checkpoint)
+    run = with_sampler(load_run(path, checkpoint=options.checkpoint), options.sampler)
     task, method = run.experiment.task, run.experiment.method
     examples = task.examples(options.split, count=options.count, seed=options.data_seed)
     if options.count is not None and len(examples) != options.count:
@@ -136,11 +173,24 @@ def prepare(path: Path, options: Options) -> Request:
     else:
         numbers = (options.thoughts,)
     # The largest number needs the most positions.
+    samples = options.samples or 1
     check_split(
-        method, run.params, task, run.tokenizer, examples, batch_size=options.batch, thoughts=numbers[-1],
-        sampling=_sampling(options), chat=run.experiment.chat,
+        grouped(method, samples), run.params, task, run.tokenizer, examples, batch_size=options.batch * samples,
+        thoughts=numbers[-1], sampling=_sampling(options), chat=run.experiment.chat,
     )  # fmt: skip
     return Request(path, run, examples, numbers)
+
+
+def with_sampler(run: LoadedRun, options: SamplerOptions) -> LoadedRun:
+    """`run` with another sampler of its method. Raises ValueError if the method has none."""
+    given, method = options.given(), run.experiment.method
+    sampler: Any = getattr(method, "sampler", None)
+    if not given:
+        return run
+    if sampler is None:
+        raise ValueError(f"sampler={given}: {method.name} has no sampler; only latent diffusion has one")
+    method = dataclasses.replace(method, sampler=dataclasses.replace(sampler, **given))
+    return dataclasses.replace(run, experiment=dataclasses.replace(run.experiment, method=method))
 
 
 def best_thoughts(path: Path, split: str, step: int) -> int:
@@ -162,28 +212,51 @@ def best_thoughts(path: Path, split: str, step: int) -> int:
 
 def evaluate_request(request: Request, options: Options, command: str) -> tuple[Path, dict[int | None, Evaluation]]:
     """Log the use of test data, evaluate every requested number of thoughts, save; returns the result file as well."""
+    _log(request, options, command)
+    evaluations = {k: _evaluate(request, options, request.examples, k) for k in request.thoughts}
+    header = _header(request, options, command)
+    return save_results(request.path / "eval", _stem(request, options), header, evaluations), evaluations
+
+
+def sample_request(request: Request, options: Options, samples: int, command: str) -> tuple[Path, Samples]:
+    """The same with so many answers to each problem."""
+    _log(request, options, command)
+    (thoughts,) = request.thoughts
+    evaluation = _evaluate(request, options, repeated(request.examples, samples), thoughts, samples)
+    result = summarise(request.run.experiment.task, evaluation, samples)
+    header = _header(request, options, command) | {"requested_thoughts": thoughts}
+    return save_samples(request.path / "eval", _stem(request, options), header, result), result
+
+
+def _evaluate(
+    request: Request, options: Options, examples: Sequence[Example], thoughts: int | None, samples: int = 1
+) -> Evaluation:
+    """On examples of which each problem has `samples` in a row."""
     run, experiment = request.run, request.run.experiment
-    sampling = _sampling(options)
+    return evaluate_split(
+        grouped(experiment.method, samples), run.params, experiment.task, run.tokenizer, examples,
+        batch_size=options.batch * samples, key=jax.random.key(options.seed), thoughts=thoughts,
+        sampling=_sampling(options), time=options.device_time, chat=experiment.chat,
+    )  # fmt: skip
+
+
+def _log(request: Request, options: Options, command: str) -> None:
     log_test_use(
-        request.path, split=options.split, checkpoint=options.checkpoint, step=run.step,
+        request.path, split=options.split, checkpoint=options.checkpoint, step=request.run.step,
         thoughts=list(request.thoughts), command=command,
     )  # fmt: skip
-    evaluations = {
-        k: evaluate_split(
-            experiment.method, run.params, experiment.task, run.tokenizer, request.examples, batch_size=options.batch,
-            key=jax.random.key(options.seed), thoughts=k, sampling=sampling, time=options.device_time,
-            chat=experiment.chat,
-        )
-        for k in request.thoughts
-    }  # fmt: skip
-    header = {
+
+
+def _header(request: Request, options: Options, command: str) -> dict[str, Any]:
+    """What was evaluated, ready for JSON."""
+    run, experiment = request.run, request.run.experiment
+    return {
         "run": experiment.name, "method": experiment.method.name, "task": experiment.task.name,
         "training_seed": experiment.seed, "split": options.split, "checkpoint": options.checkpoint, "step": run.step,
         "count": len(request.examples), "data_seed": options.data_seed, "seed": options.seed, "batch": options.batch,
-        "sampling": dataclasses.asdict(sampling), "device": jax.devices()[0].device_kind, "jax": jax.__version__,
-        "command": command,
+        "sampling": dataclasses.asdict(_sampling(options)), "device": jax.devices()[0].device_kind,
+        "jax": jax.__version__, "command": command, "sampler": options.sampler.given(),
     }  # fmt: skip
-    return save_results(request.path / "eval", _stem(request, options), header, evaluations), evaluations
 
 
 def _sampling(options: Options) -> Sampling:

@@ -3,7 +3,7 @@
 import dataclasses
 import datetime
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,17 +63,25 @@ def save_results(
     Returns:
         The path of the JSON file.
     """
+    lines = (
+        {"requested_thoughts": requested, **dataclasses.asdict(prediction)}
+        for requested, evaluation in evaluations.items()
+        for prediction in evaluation.predictions
+    )
+    results = [{"requested_thoughts": k, **evaluation.figures()} for k, evaluation in evaluations.items()]
+    return write_results(folder, stem, {**header, "results": results}, lines)
+
+
+def write_results(folder: Path, stem: str, content: Mapping[str, Any], lines: Iterable[Mapping[str, Any]]) -> Path:
+    """Write `stem`.json (`content` and the time) and `stem`.jsonl (`lines`) under a free name; returns the former's path."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{free_stem(folder, stem)}.json"
     with path.with_suffix(".jsonl").open("x") as file:
-        for requested, evaluation in evaluations.items():
-            for prediction in evaluation.predictions:
-                line = {"requested_thoughts": requested, **dataclasses.asdict(prediction)}
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
-    results = [{"requested_thoughts": k, **evaluation.figures()} for k, evaluation in evaluations.items()]
-    # Written last: a JSON file means that its predictions are complete.
+        for line in lines:
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+    # Written last: a JSON file means that its lines are complete.
     with path.open("x") as file:
-        json.dump({"time": _now(), **header, "results": results}, file, indent=2)
+        json.dump({"time": _now(), **content}, file, indent=2)
         file.write("\n")
     return path
 

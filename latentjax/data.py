@@ -12,7 +12,7 @@ import os
 import pathlib
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 _T = TypeVar("_T")
@@ -74,6 +74,96 @@ FILES: Mapping[str, PublishedFile] = {
         None,
         "MIT",
         "derived from train.jsonl of openai/grade-school-math: 6,884 questions with their <<..>> annotations",
+    ),
+    "math/gsm8k_train.jsonl": PublishedFile(
+        "17f347dc51477c50d4efb83959dbb7c56297aba886e5544ee2aaed3024813465",
+        _RAW + "openai/grade-school-math/master/grade_school_math/data/train.jsonl",
+        "MIT",
+        "the public file name is train.jsonl",
+    ),
+    "math/gsm8k_test.jsonl": PublishedFile(
+        "3730d312f6e3440559ace48831e51066acaca737f6eabec99bccb9e4b3c39d14",
+        _RAW + "openai/grade-school-math/master/grade_school_math/data/test.jsonl",
+        "MIT",
+        "the public file name is test.jsonl",
+    ),
+    "countdown/cd3_test.jsonl": PublishedFile(
+        "14f727ff203f34f7ddcc05108c95f06414ff1baaa6f8e268c6c72699ec08e389",
+        _RAW + "DreamLM/Dream/main/eval/data/cd3_test.jsonl",
+        "Apache-2.0",
+    ),
+    "countdown/cd4_test.jsonl": PublishedFile(
+        "c55f37ac962491a1bd9372885827297d22378dcdbb962392dad0747828b2fd39",
+        _RAW + "DreamLM/Dream/main/eval/data/cd4_test.jsonl",
+        "Apache-2.0",
+    ),
+    "countdown/cd5_test.jsonl": PublishedFile(
+        "a032617b369385373040e68e4c003bb143894ade669a0da2f0ad1f78e85e2eef",
+        _RAW + "DreamLM/Dream/main/eval/data/cd5_test.jsonl",
+        "Apache-2.0",
+    ),
+    "countdown/cd3_train.jsonl.gz": PublishedFile(
+        "0005c1c1f5081be3de401193acd43771d772a75106a10b665c0bf401e8d0d493",
+        None,
+        "Apache-2.0",
+        "regenerated with the procedure of kanishkg/stream-of-search, seed 3: continued, it draws cd3_test.jsonl",
+    ),
+    "countdown/cd4_train.jsonl.gz": PublishedFile(
+        "b0b4089c192267e928f93559a1f6a2078cf63182a92ac5572a27ee0518adc088",
+        None,
+        "Apache-2.0",
+        "regenerated with the procedure of kanishkg/stream-of-search, seed 4: continued, it draws cd4_test.jsonl",
+    ),
+    "sudoku4x4/sudoku_4x4_4.jsonl": PublishedFile(
+        "e31e11b8af41745fe369ab518c408787d94c720bfa1ce1399e78fb8f3410f9a3",
+        _RAW + "DreamLM/Dream/main/eval/data/sudoku_4x4_4.jsonl",
+        "Apache-2.0",
+    ),
+    "sudoku4x4/sudoku_4x4_5.jsonl": PublishedFile(
+        "7fd5682cd53466ce463d6ec51145832eb7fded72a198fce7b658eb747c5e25c5",
+        _RAW + "DreamLM/Dream/main/eval/data/sudoku_4x4_5.jsonl",
+        "Apache-2.0",
+    ),
+    "sudoku4x4/sudoku_4x4_6.jsonl": PublishedFile(
+        "56b0729a5333c79eb09812d9e001db07147e107bf0cd03eac0ab47cdfa4a503e",
+        _RAW + "DreamLM/Dream/main/eval/data/sudoku_4x4_6.jsonl",
+        "Apache-2.0",
+    ),
+    "sudoku4x4/sudoku_4x4_7.jsonl": PublishedFile(
+        "066da0facc54b7114882c51650a2f2ca700020a68c1ffe1cc698c3f11ca37412",
+        _RAW + "DreamLM/Dream/main/eval/data/sudoku_4x4_7.jsonl",
+        "Apache-2.0",
+    ),
+    "sudoku4x4/sudoku_4x4_8.jsonl": PublishedFile(
+        "e18c0298bd4eda3c5dd11d578a6c73375a9bbf052e30976c6e942ca6175389cd",
+        _RAW + "DreamLM/Dream/main/eval/data/sudoku_4x4_8.jsonl",
+        "Apache-2.0",
+    ),
+    "sudoku4x4/sudoku_4x4_9.jsonl": PublishedFile(
+        "6686e8f8f578e60740fcecd023bc3250b6e1b1a8a7e4472ab70bbeb2521a85a4",
+        _RAW + "DreamLM/Dream/main/eval/data/sudoku_4x4_9.jsonl",
+        "Apache-2.0",
+    ),
+    "sudoku4x4/sudoku_4x4_10.jsonl": PublishedFile(
+        "3f5ceb59a1b2ebca3fa1ca4e4b6c2cfee2818c274e1c66a030148799413151cc",
+        _RAW + "DreamLM/Dream/main/eval/data/sudoku_4x4_10.jsonl",
+        "Apache-2.0",
+    ),
+    "sudoku4x4/sudoku_4x4_11.jsonl": PublishedFile(
+        "de384d57346e5377395f14cbdb5bac346a60250c0ecc5dfeee2a1cf0ac827ef9",
+        _RAW + "DreamLM/Dream/main/eval/data/sudoku_4x4_11.jsonl",
+        "Apache-2.0",
+    ),
+    "sudoku4x4/sudoku_4x4_12.jsonl": PublishedFile(
+        "b558a8a803fcb973a8a37e0b84e0e61cd7f3a188062264aaa4976f3546f7055f",
+        _RAW + "DreamLM/Dream/main/eval/data/sudoku_4x4_12.jsonl",
+        "Apache-2.0",
+    ),
+    "tasks/game24.csv": PublishedFile(
+        "b9f12b3e36d987a3c714c4cef17d89a137d7c59da26532fcfb93b4821d8111b5",
+        _RAW + "princeton-nlp/tree-of-thought-llm/master/src/tot/data/24/24.csv",
+        "MIT",
+        "the public file name is 24.csv",
     ),
 }
 
@@ -189,7 +279,7 @@ def _check_fields(record: Any, fields: Mapping[str, type]) -> None:
             raise ValueError(f"field {field!r} is {type(record[field]).__name__}, expected {kind.__name__}")
 
 
-def first(examples: list[_T], count: int | None, split: str) -> list[_T]:
+def first(examples: Sequence[_T], count: int | None, split: str) -> Sequence[_T]:
     """The first `count` examples of a published split (all if None). Raises ValueError if it has fewer, or for count <
     1."""
     if count is not None and not 1 <= count <= len(examples):

@@ -51,6 +51,31 @@ def pass_at_k(n: int, c: int, k: int) -> float:
     return 1.0 - math.comb(n - c, k) / math.comb(n, k)
 
 
+def mean_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float]:
+    """Interval of the mean over problems of quantities in [0, 1], such as estimates of pass@k: what other problems of the
+    same kind would give.
+
+    The mean plus and minus z standard errors s / sqrt(n), cut off at 0 and 1. Where all problems have 0 or all have 1, s = 0
+    says nothing, and Wilson's interval takes its place. A single problem with another value gives [0, 1].
+
+    Args:
+        values: one a problem, at least one.
+        confidence: two-sided coverage in (0, 1).
+
+    Returns:
+        (low, high), fractions in [0, 1].
+    """
+    if not all(0.0 <= value <= 1.0 for value in values):
+        raise ValueError(f"values={list(values)[:8]}...: must lie in [0, 1]")
+    mean, error = mean_and_error(values)
+    if mean in (0.0, 1.0):
+        return wilson(int(mean) * len(values), len(values), confidence)
+    if len(values) == 1:
+        return 0.0, 1.0
+    half = statistics.NormalDist().inv_cdf(0.5 + confidence / 2.0) * error
+    return max(0.0, mean - half), min(1.0, mean + half)
+
+
 def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> float:
     """Two-sided p-value of McNemar's exact test that two systems are equally good (McNemar 1947, Psychometrika 12).
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy import special, stats
 
-from latentjax.metrics import mcnemar, mean_and_error, pass_at_k, wilson
+from latentjax.metrics import mcnemar, mean_and_error, mean_interval, pass_at_k, wilson
 
 
 @pytest.mark.parametrize("confidence", [0.5, 0.9, 0.95, 0.99])
@@ -94,3 +94,31 @@ def test_mean_and_error_over_seeds():
     assert math.isnan(mean_and_error([0.5])[1])
     with pytest.raises(ValueError, match="values is empty"):
         mean_and_error([])
+
+
+def test_interval_of_a_mean_agrees_with_scipy_inside_the_unit_interval():
+    values = np.random.default_rng(0).uniform(size=40)
+    expected = stats.norm.interval(0.9, values.mean(), stats.sem(values))
+    np.testing.assert_allclose(mean_interval(values.tolist(), 0.9), expected, atol=1e-12)
+    assert mean_interval([0.0, 1.0]) == (0.0, 1.0)  # cut off
+
+
+def test_interval_of_a_mean_covers_the_truth_as_often_as_it_says():
+    rng = np.random.default_rng(0)
+    for shape in ((0.5, 0.5), (2.0, 5.0)):
+        draws = rng.beta(*shape, size=(2000, 60))
+        bounds = np.array([mean_interval(row.tolist()) for row in draws])
+        truth = shape[0] / sum(shape)
+        assert 0.92 < np.mean((bounds[:, 0] <= truth) & (truth <= bounds[:, 1])) < 0.97
+
+
+def test_interval_of_a_mean_where_nothing_varies_is_not_empty():
+    assert mean_interval([0.0] * 9) == wilson(0, 9)
+    assert mean_interval([1.0] * 9) == wilson(9, 9)
+    assert mean_interval([0.3]) == (0.0, 1.0)
+
+
+@pytest.mark.parametrize("values", [[], [0.5, 1.5], [-0.1], [math.nan]])
+def test_interval_of_a_mean_refuses_what_is_no_share(values):
+    with pytest.raises(ValueError, match="values"):
+        mean_interval(values)

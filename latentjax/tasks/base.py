@@ -53,7 +53,8 @@ class Example:
 class Format:
     """How an example is written out: templates of the question, of each step and of the answer.
 
-    Coconut writes `question + "\\n"`, each `step + "\\n"` and `"### " + answer`, followed by the end-of-sequence token.
+    Coconut writes `question + "\\n"`, each `step + "\\n"` and `"### " + answer`, followed by the end-of-sequence token. An
+    answer without a marker ("{}") is for a task that can tell its answer from the steps before it.
     """
 
     question: str = "{}\n"
@@ -61,10 +62,13 @@ class Format:
     answer: str = "### {}"
 
     def read_answer(self, text: str) -> str | None:
-        """The answer in a generated `text`: what follows the last answer marker; None if there is no marker."""
+        """The answer in a generated `text`: what follows the last answer marker, None if it does not occur; all of the
+        text, steps included, in a format without a marker."""
         marker = self.answer.format("").strip()
+        if not marker:
+            return text.strip()
         _, found, tail = text.rpartition(marker)
-        return tail.strip() if found or not marker else None
+        return tail.strip() if found else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,6 +96,17 @@ class Task:
     def verify(self, example: Example, text: str) -> Verdict:
         """Judge the text that a model generated after the question."""
         raise NotImplementedError
+
+    def judge_step(self, text: str) -> Reason:
+        """Whether the text of one step says something true, whatever the problem. Default: nothing can be read from it."""
+        del text
+        return Reason.UNPARSABLE
+
+    def canonical(self, text: str) -> str | None:
+        """The form that right texts share if they hold the same solution, for counting distinct ones. None for a text
+        without a solution, and always in a task with one solution per problem (the default)."""
+        del text
+        return None
 
     def vocabulary(self) -> tuple[str, ...]:
         """All words of the task, for a word-level tokenizer. Open-vocabulary tasks raise and name a tokenizer to

@@ -4,7 +4,8 @@ A problem's split is a function of its canonical form only: a stable 64-bit hash
 to the test split, a tenth to the validation split and the rest to training."""
 
 import hashlib
-from collections.abc import Callable, Iterable
+import operator
+from collections.abc import Callable, Collection, Iterable
 
 import numpy as np
 
@@ -44,28 +45,38 @@ def split_rng(split: str, seed: int) -> np.random.Generator:
 
 
 def draw(
-    split: str, count: int | None, seed: int, block: Callable[[np.random.Generator, int], Iterable[Example]]
+    split: str,
+    count: int | None,
+    seed: int,
+    block: Callable[[np.random.Generator, int], Iterable[Example]],
+    *,
+    canonical: Callable[[Example], str] = operator.attrgetter("question"),
+    exclude: Collection[str] = frozenset(),
 ) -> list[Example]:
     """The first `count` problems of `split` that `block(rng, n)` (n problems, any split) yields.
 
-    Problems of "valid" and "test" are distinct; "train" keeps repeats, as fresh draws do. Raises ValueError if the
-    split has fewer than `count` problems, judged by draws after which a missed problem has probability below 1e-8."""
+    Two problems are the same if their `canonical` forms are equal; those in `exclude` are left out. Problems of "valid"
+    and "test" are distinct; "train" keeps repeats, as fresh draws do. Raises ValueError if the split has fewer than
+    `count` problems, judged by draws after which a missed problem (as likely as any other) has probability below
+    1e-8."""
     count = check_count(split, count)
     rng = split_rng(split, seed)
     found: list[Example] = []
-    seen: set[str] = set()
+    seen = set(exclude)
     since = 0  # draws since the last new problem
     while len(found) < count:
         for example in block(rng, _BLOCK):
             since += 1
-            if split_of_text(example.question) != split or example.question in seen:
+            form = canonical(example)
+            if form in seen or split_of_text(form) != split:
                 continue
             if split != "train":
-                seen.add(example.question)
+                seen.add(form)
             found.append(example)
             since = 0
-        # If one more problem existed, there would be about n = 10 (found + 1) in all, and (1 - 1/n)^(20 n) < 1e-8.
-        if since > 20 * 10 * (len(found) + 50):
+        # If one more problem existed, there would be about n = 10 (found + 1) in all, besides the excluded ones, and
+        # (1 - 1/n)^(20 n) < 1e-8.
+        if since > 20 * (10 * (len(found) + 50) + len(exclude)):
             raise ValueError(
                 f"count={count}: the split {split!r} has only {len(found)} distinct problems; ask for fewer"
             )

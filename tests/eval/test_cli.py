@@ -53,6 +53,21 @@ def test_an_evaluation_writes_figures_predictions_and_a_plot(run_folder, capsys)
     assert "46.2" in out  # 12 of 26
 
 
+def test_repeated_sampling_writes_every_text_and_logs_test_data(run_folder, capsys):
+    arguments = [str(run_folder), "--count", "13", "--samples", "10", "--batch", "4", "--split", "test", "--seed", "5"]
+    assert cli.main(arguments) == 0
+    stem = "eval/test-last-samples10"
+    assert files(run_folder) == {f"{stem}.json", f"{stem}.jsonl", "eval/test_uses.jsonl"}
+    saved = json.loads((run_folder / f"{stem}.json").read_text())
+    assert (saved["count"], saved["seed"], saved["requested_thoughts"]) == (13, 5, None)
+    (result,) = saved["results"]
+    assert (result["n"], result["samples"]) == (13, 10)
+    assert [p["value"] for p in result["passes"]] == pytest.approx([6 / 13] * 2)  # all samples of a problem are equal
+    lines = [json.loads(line) for line in (run_folder / f"{stem}.jsonl").read_text().splitlines()]
+    assert [line["reasons"] for line in lines] == ["r" * 10] * 6 + ["w" * 10] * 3 + ["u" * 10] * 4
+    assert "46.2" in capsys.readouterr().out
+
+
 def test_earlier_results_stay_as_they_are(run_folder):
     arguments = [str(run_folder), "--count", "5"]
     assert cli.main(arguments) == 0
@@ -130,8 +145,12 @@ def test_only_splits_named_test_are_logged(tmp_path):
         (["--count", "3", "--forced-k", "9"], r"thoughts=9"),
         (["--count", "3", "--forced-k", "-1"], r"forced_k=-1"),
         (["--count", "3", "--thoughts", "1", "--forced-k", "2"], r"give one of them"),
+        (["--count", "3", "--samples", "0"], r"samples=0"),
+        (["--count", "3", "--samples", "2", "--forced-k", "1"], r"samples=2: goes with one number of thoughts"),
+        (["--count", "3", "--samples", "2", "--device-time"], r"samples=2: goes with .* without device_time"),
         (["--count", "3", "--temperature", "-1"], r"temperature=-1.0"),
         (["--count", "3", "--top-p", "0"], r"top_p=0.0"),
+        (["--count", "3", "--sampler.steps", "4"], r"sampler=\{'steps': 4\}: Known has no sampler"),
         (["elsewhere", "--count", "3"], r"elsewhere: is not a run directory"),
     ],
 )
