@@ -47,6 +47,18 @@ def plot_forced_thoughts(curves: Mapping[str, Mapping[int, Evaluation]], path: P
     _save(figure, path)
 
 
+def plot_solver(times: Sequence[float], curves: Mapping[str, Sequence[float]], path: Path) -> None:
+    """Shares of the blocks' texts against the solver's time, from noise on the left to clean on the right."""
+    figure, axes = _canvas()
+    for name, values in curves.items():
+        axes.plot(times, [100 * value for value in values], marker=".", label=name)
+    axes.invert_xaxis()
+    axes.set_xlabel("t (1: noise, 0: finished block)")
+    axes.legend()
+    _percent_axis(axes, "share of blocks (%)")
+    _save(figure, path)
+
+
 def plot_training(curves: Mapping[str, tuple[Sequence[int], Sequence[float]]], path: Path, title: str) -> None:
     """Training loss against optimiser steps on a logarithmic axis, one line per run: name -> (steps, losses)."""
     figure, axes = _canvas(width=8.0)

@@ -17,8 +17,9 @@ from typing import Any
 import jax
 import numpy as np
 
+from latentjax.backbone.config import BackboneConfig
 from latentjax.backbone.decoder import check_positions
-from latentjax.methods.base import Stage
+from latentjax.methods.base import Method, Stage
 from latentjax.sharding import check_backbone, check_batch, make_mesh, param_shardings
 from train import state as train_state
 from train.chips import GIB, Target, target
@@ -111,10 +112,18 @@ def forecast(experiment: Experiment, name: str) -> Forecast:
     return _measured(plan, compiled)
 
 
-def _retargeted(experiment: Experiment, **backbone: Any) -> Experiment:
-    method = experiment.method
-    changed = dataclasses.replace(method, backbone=dataclasses.replace(method.backbone, **backbone))
-    return dataclasses.replace(experiment, method=changed)
+def _retargeted(experiment: Experiment, **changes: Any) -> Experiment:
+    """The experiment with these fields changed in every backbone of its method, those of its parts included."""
+
+    def changed(value: Any) -> Any:
+        if isinstance(value, BackboneConfig):
+            return dataclasses.replace(value, **changes)
+        if not isinstance(value, Method):
+            return value
+        fields = {field.name: changed(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        return dataclasses.replace(value, **fields)
+
+    return dataclasses.replace(experiment, method=changed(experiment.method))
 
 
 def _state(experiment: Experiment, mesh: jax.sharding.Mesh) -> tuple[Any, Any]:

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 
 from latentjax.backbone.config import BackboneConfig, Lora
-from latentjax.methods import Coconut, CoT, ICoT, Lengths, Method, NoCoT, Pause
+from latentjax.methods import MGDM, Coconut, CoT, ICoT, Lengths, Method, NoCoT, Pause
 from latentjax.methods.superposition import GraphCoconut
 from latentjax.tasks.base import Example, Format
 from latentjax.tokenizers import Codec, WordTokenizer
@@ -49,6 +49,7 @@ class Case:
 
     method: Method
     stage: int = 0
+    autoregressive: bool = True  # False: text is written all at once, its padding included
 
     @property
     def codec(self) -> Codec:
@@ -75,6 +76,7 @@ CASES = {
     "CoT with LoRA": Case(
         CoT(dataclasses.replace(BACKBONE, lora=Lora(2, 3.0, dropout=0.1)), LENGTHS, steps=10)
     ),
+    "MGDM": Case(MGDM(BACKBONE, LENGTHS, steps=10, diffusion_steps=3, noise=0), autoregressive=False),
     "NoCoT": Case(NoCoT(BACKBONE, LENGTHS, steps=10, start_marker=True)),
     "ICoT": Case(ICoT(BACKBONE, LENGTHS, steps=10, removals=3, smoothing=1.0), 2),
     "Pause": Case(Pause(BACKBONE, LENGTHS, **_curriculum, mix_earlier=True), 3),

@@ -7,14 +7,14 @@ import jax
 import pytest
 
 from latentjax.backbone.config import BackboneConfig, tiny
-from latentjax.methods import Coconut, CoT, Lengths
+from latentjax.methods import Coconut, CoT, LaDiR, Lengths, ThoughtVAE
 from latentjax.methods.superposition import GraphCoconut
 from latentjax.tasks.successor_list import SuccessorList
 from tests.methods.battery import CASES
 from train import chips, cli
 from train.config import Experiment, Mesh
 from train.flops import matmul_flops
-from train.forecast import forecast, report
+from train.forecast import _retargeted, forecast, report
 from train.prepare import prepare
 from train.step import make_step
 
@@ -173,6 +173,18 @@ def test_defaults_follow_the_platform_that_is_compiled_for():
     assert not here.scans_layers
     assert dataclasses.replace(here, platform="tpu").scans_layers
     assert not dataclasses.replace(here, platform="tpu", scan_layers=False).scans_layers
+
+
+def test_every_backbone_of_a_method_is_compiled_for_the_target():
+    vae = ThoughtVAE(
+        tiny(16), Lengths(4, 4), steps=1, latents=1, latent_width=4, max_blocks=2, encoder=tiny(16, layers=1)
+    )
+    method = LaDiR(tiny(16), Lengths(4, 4), vae=vae, steps=1)
+    experiment = Experiment("plan", SuccessorList(), method, init_from={"vae": "elsewhere"})
+    moved = _retargeted(experiment, platform="tpu").method
+    backbones = (moved.backbone, moved.vae.backbone, moved.vae.encoder)
+    assert [each.platform for each in backbones] == ["tpu"] * 3
+    assert [each.layers for each in backbones] == [2, 2, 1]
 
 
 def test_command_line(tmp_path, monkeypatch, capsys):

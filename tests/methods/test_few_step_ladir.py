@@ -1,0 +1,160 @@
+"""Students: they start as their teacher, and each objective is that of its paper on networks with known answers."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from latentjax.methods.few_step_ladir import FewStepLaDiR
+from latentjax.methods.ladir import FlowSampler
+from latentjax.thoughts import few_step, flow
+from tests.close import assert_close
+from tests.methods.battery import Case
+from tests.methods.test_ladir import METHOD, WITH_STEPS, on_device
+from tests.quick import jit
+
+FIELDS = {f.name: getattr(METHOD, f.name) for f in dataclasses.fields(METHOD)}
+FIELDS |= {"null_probability": 0.0, "sampler": FlowSampler(2, guidance=1.0)}
+OBJECTIVES = ("phased", "shortcut", "meanflow")
+
+
+def student(objective, **changes):
+    return FewStepLaDiR(**{**FIELDS, "objective": objective, "teacher_steps": 6, "phases": 2, **changes})
+
+
+def copies(seed=0):
+    """Clean latents, noise and times [B, M, ...] of a few copies."""
+    rng = np.random.default_rng(seed)
+    clean, noise = (jnp.asarray(rng.normal(size=(3, 4, 2, 4)), jnp.float32) for _ in range(2))
+    return clean, noise, jnp.asarray(rng.uniform(0.1, 0.9, (3, 4)), jnp.float32)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_a_student_starts_as_its_teacher_and_its_gradient_leaves_the_teacher_alone(objective):
+    method = student(objective, reward_weight=0.1)
+    assert method.parts() == {"teacher": method.teacher()}
+    taught = Case(method.teacher()).params()
+    own = method.init(jax.random.key(3))
+    adopted = method.adopt("teacher", taught)
+    params = {"backbone": adopted["backbone"], "method": own | adopted["method"]}
+    batch = on_device(Case(method).batch(WITH_STEPS[:3]))
+    clean, _ = method.latents(params, batch)
+    block = jnp.tile(jnp.arange(method.vae.max_blocks), (3, 1))
+    t = jnp.full(block.shape, 0.4)
+    dropped = jnp.zeros(3, bool)
+
+    def velocity(method, params, span):
+        hidden = method.two_copies(params, batch, clean, clean, t, block, dropped, span=span)[2]
+        return method.velocity(params["method"], hidden, clean, t, span)[1]
+
+    expected = velocity(method.teacher(), taught, None)
+    assert_close(velocity(method, params, t), expected, 1e-6)
+    gradient = jit(jax.grad(lambda p: method.loss(p, batch, jax.random.key(0), {}, train=True)[0]))(params)
+    for name in ("teacher", "vae"):
+        assert not any(np.any(x) for x in jax.tree.leaves(gradient["method"][name])), name
+    assert np.any(gradient["backbone"]["layers"]["query"]["kernel"])
+    assert set(method.untrained) == {"^method/vae/", "^method/latents/", "^method/teacher/"}
+
+
+def test_phased_is_the_huber_distance_of_two_jumps_to_the_edge():
+    method = student("phased")
+    clean, noise, t = copies()
+
+    def net(z, t, span=None):
+        return 0.3 * z + flow.spread(t, z)
+
+    def teacher(z, t):
+        return 0.5 * z - flow.spread(t, z)
+
+    error, z, at, _ = method._phased(net, net, teacher, clean, noise, t, jax.random.key(1))
+    times = np.asarray(flow.grid(6))
+    edges = np.array([times[3], 0.0])  # two phases of three steps
+    for b in range(3):
+        for m in range(4):
+            step = int(np.argmin(abs(times[:-1] - float(at[b, m]))))
+            t0, t1 = times[step], times[step + 1]
+            edge = edges[0] if t1 >= edges[0] - 1e-6 else edges[1]
+            point = (1 - t0) * np.asarray(clean[b, m]) + t0 * np.asarray(noise[b, m])
+            here = point - (t0 - edge) * (0.3 * point + t0)
+            moved = point - (t0 - t1) * (0.5 * point - t0)
+            there = moved - (t1 - edge) * (0.3 * moved + t1)
+            wanted = np.mean(np.sqrt((here - there) ** 2 + 0.001**2) - 0.001)
+            assert_close(error[b, m], np.float32(wanted), 1e-3)
+            assert_close(z[b, m], np.float32(point), 1e-5)
+
+
+def test_shortcut_is_flow_matching_at_the_base_step_and_two_half_steps_otherwise():
+    clean, noise, t = copies()
+
+    def net(z, t, span=None):
+        return 0.3 * z + flow.spread(span, z)
+
+    seen = set()
+    for seed in range(12):
+        method = student("shortcut", teacher_guidance=1.0, bootstrap_every=2, base_steps=8)
+        error, z, at, _ = method._shortcut(net, net, None, clean, noise, t, jax.random.key(seed))
+        bootstrap = not np.array_equal(at, t)
+        seen.add(bootstrap)
+        if not bootstrap:
+            base = 0.3 * z + 1 / 8
+            assert_close(error, ((base - (noise - clean)) ** 2).mean(axis=(2, 3)), 1e-5)
+            continue
+        sizes = [1.0, 0.5, 0.25]
+        for b in range(3):
+            for m in range(4):
+                # The size is not returned: one of the allowed ones, of which the time is a multiple, gives the error.
+                matches = []
+                for size in sizes:
+                    point, time = np.asarray(z[b, m]), float(at[b, m])
+                    first = 0.3 * point + size / 2
+                    second = 0.3 * np.clip(point - size / 2 * first, -4, 4) + size / 2
+                    wanted = np.mean((0.3 * point + size - np.clip((first + second) / 2, -4, 4)) ** 2)
+                    multiple = abs(time / size - round(time / size)) < 1e-5
+                    matches.append(multiple and abs(wanted - float(error[b, m])) < 1e-5 * max(1.0, wanted))
+                assert any(matches), (b, m)
+    assert seen == {False, True}
+
+
+def test_meanflow_where_both_times_agree_is_flow_matching_and_else_has_the_derivative():
+    clean, noise, t = copies()
+
+    def net(z, t, span=None):
+        return 0.3 * z + flow.spread(span, z) + 2 * flow.spread(t, z)
+
+    method = student("meanflow", teacher_guidance=1.0, flow_share=1.0)
+    error, z, at, u = method._meanflow(net, None, None, clean, noise, t, jax.random.key(0))
+    squares = ((u - (noise - clean)) ** 2).sum(axis=(2, 3))
+    assert_close(error, squares / (squares + 0.01), 1e-5)
+    method = student("meanflow", teacher_guidance=1.0, flow_share=0.0)
+    error, z, at, u = method._meanflow(net, None, None, clean, noise, t, jax.random.key(0))
+    velocity = noise - clean
+    span = u - 0.3 * z - 2 * flow.spread(at, z)  # as the network was told
+    change = 0.3 * velocity + 1.0 + 2.0  # d/dt of 0.3 z + (t - r) + 2 t along the path
+    squares = ((u - (velocity - span * change)) ** 2).sum(axis=(2, 3))
+    assert_close(error, squares / (squares + 0.01), 1e-4)
+
+
+def test_a_phased_student_steps_over_the_phases():
+    method = student("phased", teacher_steps=50, phases=4, sampler=FlowSampler(4, guidance=1.0))
+    edges, _ = few_step.consistency_phases(flow.grid(50), 4)
+    assert_close(method.grid(), edges, 0)
+    assert method.span() is None
+    assert float(student("meanflow").span()) == 0.5
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"sampler": FlowSampler(2)}, r"sampler\.guidance=4\.0.*set 1 and 0"),
+        ({"null_probability": 0.1}, r"null_probability=0\.1.*set 1 and 0"),
+        ({"prediction": "x"}, r"method\.prediction='x'"),
+        ({"phases": 9}, r"method\.phases=9: must lie between 1 and teacher_steps=6"),
+        ({"base_steps": 100}, r"method\.base_steps=100: must be a power of two"),
+        ({"objective": "meanflow", "times": flow.TimeSampler(shift=2.0)}, r"method\.times\.shift=2\.0"),
+    ],
+)
+def test_bad_input_is_named(changes, named):
+    with pytest.raises(ValueError, match=named):
+        student(**{"objective": "phased", **changes})
