@@ -101,6 +101,7 @@ def main(arguments: Sequence[str]) -> int:
     from latentjax.checkpoint import DamagedCheckpoint, NotSaved, OtherArrays
     from train.disk import RunUnavailable
     from train.loop import Interrupted, NonFinite, train
+    from train.prepare import UnusablePart
 
     enable_compilation_cache()
     try:
@@ -111,7 +112,7 @@ def main(arguments: Sequence[str]) -> int:
             stop_after_steps=program.stop_after_steps,
             stop_after_minutes=program.stop_after_minutes,
         )
-    except (RunUnavailable, OtherArrays, DamagedCheckpoint) as error:
+    except (RunUnavailable, OtherArrays, DamagedCheckpoint, UnusablePart) as error:
         return _fail(str(error), BAD_INPUT)
     except NotSaved as error:
         return _fail(str(error), NOT_WRITTEN)

@@ -27,6 +27,10 @@ from train.step import make_step
 _MEASURED = 4096  # examples from which the statistics of an adopted part are taken
 
 
+class UnusablePart(ValueError):
+    """What was measured of a part from another run forbids its use, as a collapsed VAE's latents do."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Prepared:
     """An experiment with everything that training needs."""
@@ -81,7 +85,7 @@ class Prepared:
     def _measured(self, state: TrainState) -> TrainState:
         """`state` with what has to be known about adopted parts, from about `_MEASURED` training examples.
 
-        Raises ValueError saying why a part cannot be used."""
+        Raises UnusablePart saying why."""
         method, batch = self.experiment.method, self.training.batch(0)
         parallel = dataclasses.replace(self.parallel, kind="jit")
         measure, _ = parallel.compile(
@@ -91,7 +95,10 @@ class Prepared:
         sums = measure(state.params, parallel.place(batch))
         for step in range(1, steps):
             sums = jax.tree.map(jnp.add, sums, measure(state.params, parallel.place(self.training.batch(step))))
-        params = method.with_measured(state.params, sums)
+        try:
+            params = method.with_measured(state.params, sums)
+        except ValueError as error:
+            raise UnusablePart(f"init_from={self.experiment.init_from}: {error}") from error
         return jax.device_put(state.replace(params=params), self.shardings)
 
 
