@@ -42,6 +42,7 @@ from latentjax.tokenizers import WordTokenizer
 OPERATORS = "+*-/"  # in the order in which the search tries them
 _EQUATION = re.compile(r"([0-9]{1,18})([-+*/])([0-9]{1,18})=([0-9]{1,18})")
 _LARGEST_INPUT = 99
+_SMALLEST_RANGE = 10  # with smaller inputs some targets cannot be reached at all
 _TARGETS = range(10, 101)
 _HELD_OUT = 9
 _TRIES = 4096  # candidates whose solutions are searched at once
@@ -53,9 +54,12 @@ Equation = tuple[int, str, int, int]  # left operand, operator, right operand, r
 
 @dataclasses.dataclass(frozen=True)
 class Countdown(Task):
-    """`numbers` inputs in 1..99. `example.meta`: inputs (tuple of int), target.
+    """`numbers` inputs in 1..`largest`. `example.meta`: inputs (tuple of int), target.
 
-    "train" (CD-5), "valid" and "held_out" are generated: no two of them, "test" and the published "train" share a problem, in
+    With `largest` below 99 it is an easier task of our own, for small machines: there is less arithmetic to learn. Then
+    "train" is generated too, and there is no published "test".
+
+    "train" (of CD-5), "valid" and "held_out" are generated: no two of them, "test" and the published "train" share a problem, in
     any order of its inputs. Inputs are uniform given that a solution exists, targets are uniform before what other splits
     have is left out. The search is slow for CD-5: some hundreds of problems a second, of which "train" keeps eight tenths and
     the others one."""
@@ -64,10 +68,15 @@ class Countdown(Task):
     format: ClassVar[Format] = Format(question="{}\n", step="{}\n", answer="{}")
 
     numbers: int = 3
+    largest: int = _LARGEST_INPUT
 
     def __post_init__(self):
         if self.numbers not in (3, 4, 5):
             raise ValueError(f"Countdown.numbers={self.numbers!r}: must be 3, 4 or 5")
+        if self.largest not in range(_SMALLEST_RANGE, _LARGEST_INPUT + 1):
+            raise ValueError(
+                f"Countdown.largest={self.largest!r}: must be in {_SMALLEST_RANGE}..{_LARGEST_INPUT} (99: the benchmark)"
+            )
 
     def examples(self, split: str, *, count: int | None = None, seed: int = 0) -> Sequence[Example]:
         self._check_split(split)
@@ -76,8 +85,12 @@ class Countdown(Task):
                 raise ValueError(f"split='game24_test': the game of 24 has 4 numbers, Countdown.numbers={self.numbers}")
             return first(_games_of_24(), count, split)
         if split == "test":
+            if self.largest < _LARGEST_INPUT:
+                raise ValueError(
+                    f"split='test': its inputs are up to 99, Countdown.largest={self.largest}; use 'held_out'"
+                )
             return first(read_lines(locate(f"countdown/cd{self.numbers}_test.jsonl"), _parse), count, split)
-        if split == "train" and self.numbers < 5:
+        if split == "train" and self._released:
             return first(_Lines(_training_lines(self.numbers)), count, split)
         check_count(split, count)
         held_out = held_out_targets(self.numbers)
@@ -92,11 +105,18 @@ class Countdown(Task):
             exclude=self._published(split),
         )
 
+    @property
+    def _released(self) -> bool:
+        """Whether the training file is published."""
+        return self.numbers < 5 and self.largest == _LARGEST_INPUT
+
     def _published(self, split: str) -> frozenset[str]:
-        """Problems of published splits with the targets of `split`."""
+        """Problems of published splits with the inputs and the targets of `split`."""
+        if self.largest < _LARGEST_INPUT:
+            return frozenset()
         if split == "held_out":
             return frozenset(_unordered(example.question) for example in self.examples("test"))
-        return _training_problems(self.numbers) if self.numbers < 5 else frozenset()
+        return _training_problems(self.numbers) if self._released else frozenset()
 
     def _block(self, targets: Int[np.ndarray, "T"], rng: np.random.Generator, count: int) -> list[Example]:
         """`count` problems by the generator's procedure: a target, then inputs, drawn again until there is a solution.
@@ -108,7 +128,7 @@ class Countdown(Task):
         pending = np.arange(count)
         while pending.size:
             tries = -(-_TRIES // pending.size)
-            drawn = rng.integers(1, _LARGEST_INPUT + 1, size=(pending.size, tries, self.numbers))
+            drawn = rng.integers(1, self.largest + 1, size=(pending.size, tries, self.numbers))
             solvable, found = first_solutions(drawn.reshape(-1, self.numbers), np.repeat(chosen[pending], tries))
             solvable = solvable.reshape(pending.size, tries)
             done, place = solvable.any(axis=1), solvable.argmax(axis=1)

@@ -8,6 +8,9 @@ No puzzle is in two splits, but one of "train" may be a puzzle of "test" with ot
 order: there are only 25,728 puzzles with 4 givens, and thousands of such changes. Solved grids are shared: there are 288, of
 which the published puzzles have 281.
 
+With `unique=False` any givens that agree with some grid are a puzzle, each of its solutions is right, and training shows them
+equally often: a task of our own in which samples can differ and all be right.
+
 A step is a filled row, and the answer is the filled grid: as in `latentjax/tasks/countdown.py`, a method without a chain of
 thought trains on the released response. The answer is the last four lines of a text.
 """
@@ -29,33 +32,44 @@ from latentjax.tasks.splits import check_count, draw
 from latentjax.tokenizers import WordTokenizer
 
 LEAST_GIVENS, MOST_GIVENS = 4, 12  # of the published puzzles; with fewer than 4 givens none has only one solution
+_CLASSES = {"train": "train", "valid": "valid", "held_out": "test"}  # of generated splits, see `splits.split_of_hash`
 
 
 @dataclasses.dataclass(frozen=True)
 class Sudoku4x4(Task):
-    """Puzzles with `givens` filled cells, or with 4 to 12 of them, each number equally likely. `example.meta`: givens."""
+    """Puzzles with `givens` filled cells, or with 4 (not `unique`: 1) to 12 of them, each number equally likely.
+    `example.meta`: givens. "held_out" is a second generated split that is not trained on, as "valid"."""
 
-    splits: ClassVar[tuple[str, ...]] = ("train", "valid", "test")
+    splits: ClassVar[tuple[str, ...]] = ("train", "valid", "held_out", "test")
     format: ClassVar[Format] = Format(question="{}\n", step="{}\n", answer="{}")
 
     givens: int | None = None
+    unique: bool = True  # only puzzles with one solution
 
     def __post_init__(self):
-        if self.givens is not None and self.givens not in range(LEAST_GIVENS, MOST_GIVENS + 1):
+        if self.givens is not None and self.givens not in range(self._least, MOST_GIVENS + 1):
             raise ValueError(
-                f"Sudoku4x4.givens={self.givens!r}: must be an integer from {LEAST_GIVENS} to {MOST_GIVENS}, or None for all"
+                f"Sudoku4x4.givens={self.givens!r}: must be an integer from {self._least} to {MOST_GIVENS}, or None for all "
+                f"(unique={self.unique})"
             )
+
+    @property
+    def _least(self) -> int:
+        return LEAST_GIVENS if self.unique else 1
 
     def examples(self, split: str, *, count: int | None = None, seed: int = 0) -> Sequence[Example]:
         self._check_split(split)
         if split == "test":
+            if not self.unique:
+                raise ValueError("split='test': its puzzles have one solution, Sudoku4x4.unique=False; use 'held_out'")
             return first(self._released(), count, split)
         check_count(split, count)
-        return draw(split, count, seed, self._block, exclude=frozenset(e.question for e in self._released()))
+        released = self._released() if self.unique else []
+        return draw(_CLASSES[split], count, seed, self._block, exclude=frozenset(e.question for e in released))
 
     def _numbers(self) -> range:
         """The numbers of givens."""
-        return range(LEAST_GIVENS, MOST_GIVENS + 1) if self.givens is None else range(self.givens, self.givens + 1)
+        return range(self._least, MOST_GIVENS + 1) if self.givens is None else range(self.givens, self.givens + 1)
 
     def _released(self) -> list[Example]:
         files = [read_lines(locate(f"sudoku4x4/sudoku_4x4_{n}.jsonl"), _parse) for n in self._numbers()]
@@ -69,7 +83,7 @@ class Sudoku4x4(Task):
             drawn = grids()[rng.integers(len(grids()), size=pending.size)]
             places = rng.permuted(np.tile(np.arange(16), (pending.size, 1)), axis=1)
             puzzle = np.where(places < wanted[pending, None], drawn, 0)
-            done = fits(puzzle).sum(axis=1) == 1
+            done = (fits(puzzle).sum(axis=1) == 1) | (not self.unique)
             puzzles[pending[done]], solutions[pending[done]] = puzzle[done], drawn[done]
             pending = pending[~done]
         return [_example(_rows(p), _rows(s)) for p, s in zip(puzzles.tolist(), solutions.tolist(), strict=True)]
@@ -89,6 +103,10 @@ class Sudoku4x4(Task):
             return Verdict(Reason.UNPARSABLE, detail="the last four lines are not rows of four digits in 1..4")
         fault = _fault(rows, example.question.split("\n"))
         return Verdict(Reason.WRONG if fault else Reason.RIGHT, "\n".join(rows), fault)
+
+    def canonical(self, text: str) -> str | None:
+        """The grid; None if there is none."""
+        return self.verify(_BLANK, text).parsed
 
 
 @functools.cache
@@ -134,6 +152,9 @@ def _rows(cells: Sequence[int]) -> tuple[str, ...]:
 def _example(puzzle: tuple[str, ...], solution: tuple[str, ...]) -> Example:
     question = "\n".join(puzzle)
     return Example(question, solution, "\n".join(solution), {"givens": 16 - question.count("0")})
+
+
+_BLANK = _example(("0000",) * 4, ())
 
 
 def _parse(line: str) -> Example:

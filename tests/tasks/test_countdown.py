@@ -126,7 +126,7 @@ def draws(task, split):
         inputs, target = example.meta["inputs"], example.meta["target"]
         assert example.question == ",".join(map(str, (*inputs, target)))
         assert 10 <= target <= 100
-        assert all(1 <= n <= 99 for n in inputs)
+        assert all(1 <= n <= task.largest for n in inputs)
         assert (target in held_out_targets(task.numbers)) == (split == "held_out")
         assert split_of_text(",".join(problem(example))) == CLASS[split]
         assert task.verify(example, example.answer).correct
@@ -154,6 +154,24 @@ def test_no_two_splits_share_a_problem(published, numbers):
         problems["train"] = set(map(problem, draws(task, "train")))
     for one, other in itertools.combinations(problems, 2):
         assert not problems[one] & problems[other], (one, other)
+
+
+def test_smaller_inputs_make_an_easier_task_of_the_same_form():
+    task = Countdown(3, largest=25)
+    drawn = {split: draws(task, split) for split in ("train", "valid", "held_out")}
+    for one, other in itertools.combinations(drawn, 2):
+        assert not set(map(problem, drawn[one])) & set(map(problem, drawn[other]))
+    assert max(n for examples in drawn.values() for e in examples for n in e.meta["inputs"]) == 25
+    with pytest.raises(ValueError, match=r"split='test'.*Countdown\.largest=25"):
+        task.examples("test")
+    with pytest.raises(ValueError, match="count=None: the split 'train' is generated"):
+        task.examples("train")
+
+
+@pytest.mark.parametrize("largest", [9, 100])
+def test_other_ranges_of_inputs_are_refused(largest):
+    with pytest.raises(ValueError, match=rf"Countdown\.largest={largest}: must be in 10\.\.99"):
+        Countdown(3, largest)
 
 
 def test_inputs_are_drawn_uniformly_given_the_target():

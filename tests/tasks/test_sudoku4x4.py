@@ -61,7 +61,7 @@ def test_generated_puzzles_have_one_solution_and_are_in_one_split(published):
     released = {example.question for example in TASK.examples("test")}
     assert len(released) == 972
     questions = {}
-    for split in ("train", "valid"):
+    for split in ("train", "valid", "held_out"):
         drawn = [TASK.examples(split, count=300, seed=seed) for seed in (0, 1)]
         assert drawn[0] != drawn[1]
         assert drawn[0] == TASK.examples(split, count=300, seed=0)
@@ -73,8 +73,8 @@ def test_generated_puzzles_have_one_solution_and_are_in_one_split(published):
             assert solutions(example.question.split("\n")) == [example.steps]
         assert {example.meta["givens"] for example in drawn[0]} == set(range(4, 13))
         questions[split] = {example.question for example in itertools.chain.from_iterable(drawn)}
-    assert not questions["train"] & questions["valid"]
-    assert not released & (questions["train"] | questions["valid"])
+    for one, other in itertools.combinations((*questions.values(), released), 2):
+        assert not one & other
 
 
 def test_puzzles_are_drawn_uniformly_from_those_with_one_solution():
@@ -89,6 +89,35 @@ def test_puzzles_are_drawn_uniformly_from_those_with_one_solution():
     digits = np.bincount(drawn[drawn > 0], minlength=5)[1:] / (drawn > 0).sum()
     np.testing.assert_allclose(digits, 0.25, atol=0.02)
     assert len(np.unique(drawn, axis=0)) == pytest.approx(25_728 * (1 - np.exp(-3000 / 25_728)), rel=0.02)
+
+
+def test_puzzles_with_several_solutions_show_each_of_them_equally_often():
+    task = Sudoku4x4(3, unique=False)
+    examples = task.examples("train", count=4000)
+    assert all(e.meta["givens"] == 3 and task.verify(e, e.answer).correct for e in examples)
+    number = fits(cells(examples)).sum(axis=1)
+    for example, n in list(zip(examples, number, strict=True))[:10]:
+        found = solutions(example.question.split("\n"))
+        assert len(found) == n
+        assert all(task.verify(example, "\n".join(rows)).correct for rows in found)
+    # The places are uniform and then the grid, so of the puzzle's n solutions each is the answer as often as another.
+    shown = fits(cells(examples)).astype(int)
+    answers = [
+        np.flatnonzero((grids() == np.array([int(d) for d in e.answer.replace("\n", "")])).all(axis=1))[0]
+        for e in examples
+    ]
+    rank = np.array([row[:answer].sum() for row, answer in zip(shown, answers, strict=True)])
+    assert (number > 4).mean() > 0.9
+    assert ((rank + 0.5) / number).mean() == pytest.approx(0.5, abs=4 / (12 * 4000) ** 0.5)
+    with pytest.raises(ValueError, match=r"split='test'.*unique=False; use 'held_out'"):
+        task.examples("test")
+
+
+def test_two_grids_are_the_same_solution_if_their_digits_are():
+    grid = "1234\n3412\n2143\n4321"
+    assert TASK.canonical(grid) == TASK.canonical(f"steps\n{grid}\n") == grid
+    assert TASK.canonical("1234\n3412\n2143\n4312") != grid
+    assert TASK.canonical("1234\n3412") is None
 
 
 def test_every_grid_is_judged_by_the_rules(published):
@@ -146,3 +175,9 @@ def test_the_written_form_is_the_released_one(published):
 def test_other_numbers_of_givens_are_refused(givens):
     with pytest.raises(ValueError, match=rf"Sudoku4x4\.givens={givens}"):
         Sudoku4x4(givens)
+
+
+def test_fewer_givens_need_several_solutions():
+    assert Sudoku4x4(1, unique=False).givens == 1
+    with pytest.raises(ValueError, match=r"Sudoku4x4\.givens=0.*from 1 to 12.*unique=False"):
+        Sudoku4x4(0, unique=False)
