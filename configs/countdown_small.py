@@ -4,23 +4,23 @@ Paper: LaDiR (arXiv 2510.04573) and MGDM (arXiv 2410.14157) on Countdown, reduce
     instead of 8B (85M), 100,000 of the released 500,000 problems, one block of two latents for each equation. The blocks are
     read by the VAE's decoder, as in LaDiR's released Countdown code, so there is no loss on an answer.
 Hardware: 1 CPU core an arm.
-Time: VAE 10 minutes, the others 20 to 40 minutes each.
+Time: VAE 11 minutes, the others 20 to 30 minutes each.
 Expected: see docs/results.md. Published on CD-3 at 6M parameters after 40 to 600 epochs: MGDM 98.1%, autoregression 95.9%
     (both quoted from memory by our source).
-Command: python -m train configs/countdown_small.py --arm VAE, then --arm LaDiR (NoCoT, MGDM), then
+Command: python -m train configs/countdown_small.py --arm VAE, then --arm LaDiR (NoCoT, MGDM, Coconut), then
     python -m eval runs/countdown-small-LaDiR-seed0 --split test --count 200 --samples 100 --temperature 1
 """
 
 import dataclasses
 
 from latentjax.backbone.config import BackboneConfig, tiny
-from latentjax.methods import MGDM, FlowSampler, LaDiR, Lengths, Method, NoCoT, ThoughtVAE
+from latentjax.methods import MGDM, Coconut, FlowSampler, LaDiR, Lengths, Method, NoCoT, ThoughtVAE
 from latentjax.tasks.countdown import Countdown
 from latentjax.thoughts.flow import TimeSampler
 from train.config import Experiment, Optimizer
 
-ARMS = ("VAE", "LaDiR", "NoCoT", "MGDM")
-STEPS = {"VAE": 4000, "LaDiR": 3000, "NoCoT": 3000, "MGDM": 3000}
+ARMS = ("VAE", "LaDiR", "NoCoT", "MGDM", "Coconut")
+STEPS, VAE_STEPS = 8000, 4000
 VOCABULARY = 20  # 17 characters, padding, end of sequence, the answer's marker
 # Tokens of "99,99,99,100\n", of "90*98=8820,8820-90=8730" with its end, and of "99*98=9702\n" with its end, and a spare.
 QUESTION, RESPONSE, EQUATION = 13, 24, 13
@@ -35,7 +35,7 @@ def backbone(width: int, layers: int) -> BackboneConfig:
 VAE = ThoughtVAE(
     backbone(96, 2),
     Lengths(QUESTION, EQUATION),
-    steps=STEPS["VAE"],
+    steps=VAE_STEPS,
     latents=2,
     latent_width=16,
     max_blocks=2,
@@ -57,7 +57,7 @@ def method(name: str) -> Method:
                 reasoner,
                 Lengths(QUESTION, text=2),
                 vae=VAE,
-                steps=STEPS[name],
+                steps=STEPS,
                 answer_weight=0.0,
                 answer_from="decoder",
                 draws=4,
@@ -65,9 +65,14 @@ def method(name: str) -> Method:
                 sampler=FlowSampler(steps=30, guidance=1.0, noise_scale=1.0),
             )
         case "NoCoT":
-            return NoCoT(reasoner, Lengths(QUESTION, RESPONSE), steps=STEPS[name])
+            return NoCoT(reasoner, Lengths(QUESTION, RESPONSE), steps=STEPS)
         case "MGDM":
-            return MGDM(reasoner, Lengths(QUESTION, RESPONSE), steps=STEPS[name])
+            return MGDM(reasoner, Lengths(QUESTION, RESPONSE), steps=STEPS)
+        case "Coconut":  # equations in text, then one by one as two thoughts each
+            return Coconut(
+                reasoner, Lengths(QUESTION, text=2 * RESPONSE + 1), c_thought=2, max_latent_stage=2, markers="none",
+                stage_steps=(STEPS // 4, STEPS // 4, STEPS // 2), reset_optimizer="never", pad_slots=True,
+            )  # fmt: skip
     raise ValueError(f"arm {name!r} is unknown; known: {', '.join(ARMS)}")
 
 
@@ -86,15 +91,15 @@ def arm(name: str, seed: int = 0) -> Experiment:
             schedule="cosine",
             end_fraction=0.05,
         ),
-        batch_size=64 if name == "VAE" else 128,
+        batch_size=64 if name == "VAE" else 32,
         train_examples=100_000,
         valid_split="held_out",
         valid_examples=200,
-        validate_every=1000,
+        validate_every=1000 if name == "VAE" else 2000,
         validate_unit="steps",
         validate_generation=name != "VAE",  # its metric `exact` says how many blocks come back
         log_every=50,
-        init_from={"vae": f"runs/countdown-small-VAE-seed{seed}"} if name == "LaDiR" else None,
+        init_from={"vae": "runs/countdown-small-VAE-seed{seed}"} if name == "LaDiR" else None,
         seed=seed,
     )
 

@@ -91,7 +91,7 @@ def arm(name: str, seed: int = 0) -> Experiment:
         task=Countdown(4),
         method=method(name),
         pretrained=Pretrained(HUB, new_row=NewRow("mean")),
-        init_from={"vae": f"runs/ladir-countdown-llama8b-VAE-seed{seed}"} if name == "LaDiR" else None,
+        init_from={"vae": "runs/ladir-countdown-llama8b-VAE-seed{seed}"} if name == "LaDiR" else None,
         chat=False,
         tuning="full",
         optimizer=OPTIMIZERS[name],

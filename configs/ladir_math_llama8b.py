@@ -82,13 +82,13 @@ def method(name: str) -> Method:
 
 def arm(name: str, seed: int = 0) -> Experiment:
     """The training run of one arm."""
-    run = "runs/ladir-math-llama8b-{}-seed" + str(seed)
+    vae, stage1 = (f"runs/ladir-math-llama8b-{name}-seed{{seed}}" for name in ("VAE", "Stage1"))
     return Experiment(
         name=f"ladir-math-llama8b-{name}",
         task=GSM8K(chain="sentences"),
         method=method(name),
         pretrained=None if name == "Stage2" else Pretrained(HUB, new_row=NewRow("mean")),
-        init_from={"VAE": None, "Stage1": {"vae": run.format("VAE")}, "Stage2": run.format("Stage1")}[name],
+        init_from={"VAE": None, "Stage1": {"vae": vae}, "Stage2": stage1}[name],
         chat=False,
         tuning="full",
         optimizer=Optimizer(

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import jax
+import numpy as np
 import tyro
 from rich.console import Console
 
@@ -20,8 +21,10 @@ from eval.evaluate import Evaluation, check_split, evaluate_split
 from eval.plots import plot_accuracies, plot_forced_thoughts
 from eval.report import Row, accuracy_table, cost_table, log_test_use, save_results, seed_lines
 from eval.samples import Samples, grouped, repeated, sample_table, save_samples, summarise
-from latentjax.rollout import Sampling
+from latentjax.methods import LaDiR
+from latentjax.rollout import Intervention, Sampling
 from latentjax.tasks.base import Example
+from latentjax.tokenizers import Codec
 from train.cli import BAD_INPUT, reject_assignments
 from train.run import LoadedRun, enable_compilation_cache, load_run
 
@@ -52,8 +55,8 @@ class SamplerOptions:
 class Options:
     """Evaluate trained runs: accuracy with 95% Wilson intervals, unparsable answers, costs; saves every prediction.
 
-    Writes RUN/eval/SPLIT-CHECKPOINT[-kK|-curve][-samplesN].json, the predictions beside it as .jsonl, and plots as .png. Earlier
-    results are kept: a second evaluation gets a numbered name. Each use of a test split is logged in
+    Writes RUN/eval/SPLIT-CHECKPOINT[-oracleN][-kK|-curve][-samplesN].json, the predictions beside it as .jsonl, and plots as
+    .png. Earlier results are kept: a second evaluation gets a numbered name. Each use of a test split is logged in
     RUN/eval/test_uses.jsonl before it happens.
     """
 
@@ -72,6 +75,8 @@ class Options:
     on the experiment's validation split at the same checkpoint (the smallest of equals)."""
     forced_k: int | None = None
     """Evaluate with 0, 1, ..., FORCED_K thoughts and plot the curve."""
+    oracle_blocks: int | None = None
+    """Put the encoder's thoughts in the place of the model's own in so many blocks, from the first one on (LaDiR)."""
     checkpoint: str = "last"
     """last, best (by validation during training) or a step."""
     temperature: float = 0.0
@@ -100,6 +105,7 @@ class Request:
     run: LoadedRun
     examples: Sequence[Example]
     thoughts: tuple[int | None, ...]  # requested numbers; None: the method's own
+    oracle: Intervention | None  # of each problem
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -178,7 +184,21 @@ def prepare(path: Path, options: Options) -> Request:
         grouped(method, samples), run.params, task, run.tokenizer, examples, batch_size=options.batch * samples,
         thoughts=numbers[-1], sampling=_sampling(options), chat=run.experiment.chat,
     )  # fmt: skip
-    return Request(path, run, examples, numbers)
+    return Request(path, run, examples, numbers, oracle(run, examples, options.oracle_blocks))
+
+
+def oracle(run: LoadedRun, examples: Sequence[Example], blocks: int | None) -> Intervention | None:
+    """Reference thoughts in the first `blocks` blocks. Raises ValueError if the method has none."""
+    method = run.experiment.method
+    if blocks is None:
+        return None
+    if not isinstance(method, LaDiR):
+        raise ValueError(
+            f"oracle_blocks={blocks}: {method.name} has no encoder that makes reference thoughts; LaDiR has"
+        )
+    return method.oracle(
+        run.params, examples, Codec(run.tokenizer, run.experiment.task.format, run.experiment.chat), blocks
+    )
 
 
 def with_sampler(run: LoadedRun, options: SamplerOptions) -> LoadedRun:
@@ -233,10 +253,11 @@ def _evaluate(
 ) -> Evaluation:
     """On examples of which each problem has `samples` in a row."""
     run, experiment = request.run, request.run.experiment
+    intervention = jax.tree.map(lambda x: np.repeat(x, samples, axis=0), request.oracle)
     return evaluate_split(
         grouped(experiment.method, samples), run.params, experiment.task, run.tokenizer, examples,
         batch_size=options.batch * samples, key=jax.random.key(options.seed), thoughts=thoughts,
-        sampling=_sampling(options), time=options.device_time, chat=experiment.chat,
+        sampling=_sampling(options), intervention=intervention, time=options.device_time, chat=experiment.chat,
     )  # fmt: skip
 
 
@@ -255,7 +276,7 @@ def _header(request: Request, options: Options, command: str) -> dict[str, Any]:
         "training_seed": experiment.seed, "split": options.split, "checkpoint": options.checkpoint, "step": run.step,
         "count": len(request.examples), "data_seed": options.data_seed, "seed": options.seed, "batch": options.batch,
         "sampling": dataclasses.asdict(_sampling(options)), "device": jax.devices()[0].device_kind,
-        "jax": jax.__version__, "command": command, "sampler": options.sampler.given(),
+        "jax": jax.__version__, "command": command, "sampler": options.sampler.given(), "oracle_blocks": options.oracle_blocks,
     }  # fmt: skip
 
 
@@ -266,6 +287,7 @@ def _sampling(options: Options) -> Sampling:
 
 def _stem(request: Request, options: Options) -> str:
     stem = f"{options.split}-{options.checkpoint}"
+    stem += "" if options.oracle_blocks is None else f"-oracle{options.oracle_blocks}"
     if options.forced_k is not None:
         return f"{stem}-curve"
     return stem if request.thoughts[0] is None else f"{stem}-k{request.thoughts[0]}"

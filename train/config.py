@@ -162,7 +162,8 @@ class Experiment:
         False  # GPUs only, slower: a run repeats and resumes bit for bit, as on CPU and TPU (docs/scaling.md)
     )
     # Run whose parameters to start from: "RUN", "RUN@best" or "RUN@STEP"; or such a run for each part that the method takes
-    # from other runs ({"vae": RUN} for LaDiR), beside which the method's own backbone may be `pretrained`.
+    # from other runs ({"vae": RUN} for LaDiR), beside which the method's own backbone may be `pretrained`. "{seed}" in a
+    # name stands for this run's seed.
     init_from: str | Mapping[str, str] | None = None
     seed: int = 0
 
@@ -211,6 +212,12 @@ class Experiment:
             example = dict.fromkeys(sorted(parts), "RUN") or None
             right = f"{self.method.name} needs a run for each of its parts, init_from={example}"
             _require(roles == parts, "init_from", self.init_from, right)
+
+    @property
+    def starts(self) -> dict[str | None, str]:
+        """The runs that `init_from` names, by the part that comes from them (None: the whole)."""
+        named = {None: self.init_from} if isinstance(self.init_from, str) else self.init_from or {}
+        return {role: source.replace("{seed}", str(self.seed)) for role, source in named.items()}
 
     @property
     def untrained(self) -> tuple[str, ...]:

@@ -112,7 +112,8 @@ def train(
     terminal = Terminal(quiet=quiet or jax.process_index() > 0, progress=progress)
     notes: dict[str, Any] = {"mesh": dataclasses.asdict(prepared.experiment.mesh)}
     if prepared.inherited is not None:
-        notes["init_from"] = {"run": prepared.experiment.init_from, "checksum": fingerprint(prepared.inherited)}
+        starts = prepared.experiment.starts
+        notes["init_from"] = {"run": starts.get(None, starts), "checksum": fingerprint(prepared.inherited)}
     with contextlib.ExitStack() as stack:
         together()  # before the first process makes the run directory
         stack.enter_context(hold(run))

@@ -128,9 +128,8 @@ def inherited_params(inherited: Any, mesh: Mesh) -> Any:
 
 def _sources(experiment: Experiment) -> list[tuple[str | None, pathlib.Path, int | str]]:
     """Each run that `init_from` names: the part that comes from it (None: the method itself), directory, checkpoint."""
-    named = experiment.init_from
     sources: list[tuple[str | None, pathlib.Path, int | str]] = []
-    for role, source in [(None, named)] if isinstance(named, str) else list((named or {}).items()):
+    for role, source in experiment.starts.items():
         path, which = parse_source(source)
         if not (path / CONFIG).is_file():
             raise FileNotFoundError(f"init_from={source!r}: {path} is not a run directory (it has no {CONFIG})")
@@ -138,9 +137,9 @@ def _sources(experiment: Experiment) -> list[tuple[str | None, pathlib.Path, int
     return sources
 
 
-# Fields of a part in which the run that trained it may differ from what the method says of it: how it was trained, and
-# fields of its backbones that say how they are stored and compiled.
-_TRAINING = ("steps", "epochs")
+# Fields of a part in which the run that trained it may differ from what the method says of it: how it was trained and how it
+# generates, and fields of its backbones that say how they are stored and compiled.
+_TRAINING = ("steps", "epochs", "draws", "null_probability", "rollout_steps", "sampler", "stop", "group")
 _STORED = ("param_dtype", "scan_layers", "remat", "platform")
 
 

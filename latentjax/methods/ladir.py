@@ -27,12 +27,12 @@ Deviations, and what the sources leave open:
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from latentjax.backbone import decoder
@@ -43,61 +43,15 @@ from latentjax.methods.coconut import thought_limits
 from latentjax.methods.layout import Row, batch_prompts, batch_rows
 from latentjax.methods.thought_vae import ANSWER, ThoughtVAE, decoded_generation
 from latentjax.objectives.cross_entropy import log_probabilities
-from latentjax.rollout import MAIN, RECORDABLE, Backbone, Kind, Proposal, Source, prefill, run, start
+from latentjax.rollout import MAIN, RECORDABLE, Backbone, Intervention, Kind, Proposal, Source, prefill, run, start
 from latentjax.sampling import Sampling
+from latentjax.tasks.base import Example
 from latentjax.thoughts import flow, vae
+from latentjax.thoughts.flow import FlowSampler
+from latentjax.thoughts.velocity import TimeEmbedding, VelocityHead
+from latentjax.tokenizers import Codec
 
 NULL = "null"  # the context that sees the null question
-_FEATURES = 256  # sinusoids of the time embedding
-
-
-class TimeEmbedding(nn.Module):
-    """e(t): sinusoids of 1000 t with frequencies 10000^(-i/128), then Linear, SiLU, Linear (released code)."""
-
-    width: int
-
-    @nn.compact
-    def __call__(self, t: Float[Array, "*B"]) -> Float[Array, "*B D"]:
-        frequencies = jnp.exp(-jnp.log(10000.0) * jnp.arange(_FEATURES // 2) / (_FEATURES // 2))
-        angles = 1000.0 * t[..., None] * frequencies
-        features = jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
-        return nn.Dense(self.width, name="out")(nn.silu(nn.Dense(self.width, name="in")(features)))
-
-
-class VelocityHead(nn.Module):
-    """From hidden states to the prediction: a norm without parameters, modulated by the time, then a linear map."""
-
-    latent_width: int
-
-    @nn.compact
-    def __call__(self, hidden: Float[Array, "*B S D"], time: Float[Array, "*B D"]) -> Float[Array, "*B S Z"]:
-        hidden = nn.LayerNorm(1e-6, use_bias=False, use_scale=False)(hidden.astype(jnp.float32))
-        zero = nn.initializers.zeros
-        modulation = nn.Dense(2 * hidden.shape[-1], kernel_init=zero, name="modulation")(nn.silu(time))
-        shift, scale = jnp.split(modulation[..., None, :], 2, axis=-1)
-        return nn.Dense(self.latent_width, name="out")((1.0 + scale) * hidden + shift)
-
-
-@dataclasses.dataclass(frozen=True)
-class FlowSampler:
-    """How a block is generated. Defaults are the paper's."""
-
-    steps: int = 30  # paper: 10 to 50
-    solver: Literal["euler", "heun", "midpoint"] = "euler"
-    guidance: float | int = 4.0  # w; 1: none
-    noise_scale: float | int = 2**0.5  # s
-    repulsion: float | int = 0.0  # gamma_max; paper: 0.3 to 0.5 for the most diverse samples
-    repulsion_form: str = "paper"
-
-    def __post_init__(self):
-        flow.evaluations(self.steps, self.solver)  # rejects an unknown solver
-        if self.steps < 1:
-            raise ValueError(f"sampler.steps={self.steps}: must be at least 1")
-        if self.repulsion_form not in flow.FORMS:
-            raise ValueError(f"sampler.repulsion_form={self.repulsion_form!r}: must be one of {', '.join(flow.FORMS)}")
-        for field in ("guidance", "noise_scale", "repulsion"):
-            if getattr(self, field) < 0:
-                raise ValueError(f"sampler.{field}={getattr(self, field)}: must not be negative")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -275,6 +229,19 @@ class LaDiR(Method):
         own = params["method"]
         means, present = self._means(own, batch)
         return (means - own["latents"]["mean"]) / own["latents"]["std"], present
+
+    def oracle(self, params: Any, examples: Sequence[Example], codec: Codec, blocks: int) -> Intervention:
+        """What puts the encoder's blocks in the place of the model's own, the first `blocks` of each chain.
+
+        Accuracy with it over accuracy without is what the model's own blocks cost. Raises ValueError if there are not so
+        many blocks, or a chain does not fit."""
+        if not 1 <= blocks <= self.vae.max_blocks:
+            raise ValueError(f"oracle_blocks={blocks}: this {self.name} has 1 to {self.vae.max_blocks} blocks")
+        batch = self.encode(examples, codec, self.stages()[-1], np.random.default_rng(0))
+        latents, present = jax.jit(self.latents)(params, batch)
+        given = np.asarray(present) & (np.arange(self.vae.max_blocks) < blocks)
+        value = np.asarray(latents).reshape(len(examples), self.max_thoughts(), -1)
+        return Intervention(np.repeat(given, self.vae.latents, axis=1), value, np.zeros_like(value))
 
     def decode_blocks(
         self, params: Any, latents: Float[Array, "B N L Z"], present: Bool[Array, "B N"], eos: int | Int[Array, ""]

@@ -21,7 +21,7 @@ which should be float32.
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -324,3 +324,28 @@ def diversify(
 def _check_form(form: str) -> None:
     if form not in FORMS:
         raise ValueError(f"form={form!r}: must be one of {', '.join(FORMS)}")
+
+
+# ---- a sampler
+
+
+@dataclasses.dataclass(frozen=True)
+class FlowSampler:
+    """How a block is generated. Defaults are the paper's."""
+
+    steps: int = 30  # paper: 10 to 50
+    solver: Literal["euler", "heun", "midpoint"] = "euler"
+    guidance: float | int = 4.0  # w; 1: none
+    noise_scale: float | int = 2**0.5  # s
+    repulsion: float | int = 0.0  # gamma_max; paper: 0.3 to 0.5 for the most diverse samples
+    repulsion_form: str = "paper"
+
+    def __post_init__(self):
+        evaluations(self.steps, self.solver)  # rejects an unknown solver
+        if self.steps < 1:
+            raise ValueError(f"sampler.steps={self.steps}: must be at least 1")
+        if self.repulsion_form not in FORMS:
+            raise ValueError(f"sampler.repulsion_form={self.repulsion_form!r}: must be one of {', '.join(FORMS)}")
+        for field in ("guidance", "noise_scale", "repulsion"):
+            if getattr(self, field) < 0:
+                raise ValueError(f"sampler.{field}={getattr(self, field)}: must not be negative")

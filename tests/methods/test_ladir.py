@@ -1,4 +1,4 @@
-"""LaDiR against its definition: one sequence at a time, no cache, no padding (tests/backbone/naive.py)."""
+"""LaDiR's training pass, data and parameters against its definition (tests/methods/ladir_definition.py)."""
 
 import dataclasses
 import functools
@@ -11,145 +11,38 @@ import numpy as np
 import pytest
 
 from latentjax.backbone import decoder
-from latentjax.generation import think
-from latentjax.methods import FlowSampler, LaDiR, Lengths, ThoughtVAE
-from latentjax.rollout import MAIN, Backbone, Intervention, Kind, Prefix, frozen, prefill, run, start
+from latentjax.methods import FlowSampler, Lengths
+from latentjax.rollout import Backbone
 from latentjax.sharding import RULES, batch_sharding, make_mesh, param_shardings
-from latentjax.thoughts import flow, vae
+from latentjax.thoughts import vae
 from tests.backbone import naive
 from tests.close import assert_close
-from tests.methods.battery import BACKBONE, EXAMPLES, Case
+from tests.methods.battery import Case
+from tests.methods.ladir_definition import (
+    EIGHT,
+    METHOD,
+    VAE,
+    WIDE,
+    WITH_STEPS,
+    L,
+    N,
+    Z,
+    affine,
+    copies,
+    embed,
+    forward,
+    loss,
+    loss_and_gradient,
+    on_device,
+    own,
+    params,
+    sequence,
+    two_copies,
+    variant,
+    velocity_head,
+)
 from tests.quick import jit
 from train import state as train_state
-
-WITH_STEPS = tuple(example for example in EXAMPLES if example.steps)
-EIGHT = (*WITH_STEPS, WITH_STEPS[0])  # as many as devices
-WIDE = dataclasses.replace(BACKBONE, max_positions=80)
-VAE = ThoughtVAE(
-    dataclasses.replace(WIDE, layers=1),
-    Lengths(7, 4),
-    steps=10,
-    latents=2,
-    latent_width=4,
-    max_blocks=4,
-    train_decoder=True,
-)
-METHOD = LaDiR(WIDE, Lengths(7, 5), vae=VAE, steps=10, draws=2, sampler=FlowSampler(3, guidance=2.0))
-# Layers in a scan compile faster, and have the other layout of a cache.
-PLAIN = dataclasses.replace(
-    METHOD, backbone=dataclasses.replace(WIDE, scan_layers=True), sampler=FlowSampler(3, guidance=1, noise_scale=1)
-)
-BUDGET = dataclasses.replace(PLAIN, stop="budget")
-L, Z, N = VAE.latents, VAE.latent_width, VAE.max_blocks
-LONGEST = 32  # positions of the longest sequence; one program for all
-
-
-def variant(**changes):
-    return Case(dataclasses.replace(METHOD, **changes))
-
-
-@functools.cache
-def params():
-    made = naive.random_like(jax.eval_shape(lambda: train_state.init_params(METHOD, 0)))
-    made["method"]["latents"]["std"] = jnp.abs(made["method"]["latents"]["std"]) + 0.5
-    made["method"]["decision"]["bias"] = jnp.zeros(2)
-    return made
-
-
-def own():
-    return params()["method"]
-
-
-# ---- the definition
-
-
-def affine(weights, x):
-    return np.asarray(x, np.float64) @ np.asarray(weights["kernel"], np.float64) + np.asarray(weights["bias"])
-
-
-def silu(x):
-    return x / (1 + np.exp(-x))
-
-
-def time_embedding(weights, t):
-    angles = [1000 * t * np.exp(-np.log(10000) * i / 128) for i in range(128)]
-    return affine(weights["out"], silu(affine(weights["in"], np.concatenate([np.cos(angles), np.sin(angles)]))))
-
-
-def velocity_head(hidden, t):
-    """u = W' ((1 + scale) norm(h) + shift) + b' of hidden states [L, D]."""
-    hidden = np.asarray(hidden, np.float64)
-    centred = hidden - hidden.mean(axis=1, keepdims=True)
-    normed = centred / np.sqrt((centred**2).mean(axis=1, keepdims=True) + 1e-6)
-    shift, scale = np.split(affine(own()["head"]["modulation"], silu(time_embedding(own()["head_time"], t))), 2)
-    return affine(own()["head"]["out"], (1 + scale) * normed + shift)
-
-
-def forward(vectors, block):
-    """Hidden states [T, D] of one sequence of vectors, positions counted up, latents of one block seeing each other."""
-    length, block = len(vectors), np.asarray(block)
-    mask = np.eye(LONGEST, dtype=bool)
-    mask[:length, :length] = np.tril(np.ones((length, length), bool)) | (
-        (block[:, None] == block) & (block[:, None] >= 0)
-    )
-    x = np.zeros((LONGEST, WIDE.width), np.float32)
-    x[:length] = np.stack(vectors)
-    return naive.forward(WIDE, params()["backbone"], jnp.asarray(x), mask)[:length]
-
-
-def embed(tokens):
-    return np.asarray(params()["backbone"]["embed"]["tokens"])[np.asarray(tokens)]
-
-
-def sequence(question, blocks, noisy=None, t=None, null=False):
-    """Vectors and block numbers: question, finished blocks, and a noisy one behind its marker and time."""
-    vectors, block = list(embed(question)), [-1] * len(question)
-    if null:
-        vectors[1:] = [np.asarray(own()["null"])] * (len(question) - 1)
-    begin, end = np.asarray(own()["markers"])
-    for number, z in enumerate(blocks):
-        vectors += [begin, *affine(own()["latent_in"], z), end]
-        block += [-1, *[number] * L, -1]
-    if noisy is not None:
-        vectors += [begin, time_embedding(own()["time"], t), *affine(own()["latent_in"], noisy)]
-        block += [-1, -1, *[99] * L]
-    return vectors, block
-
-
-def velocity(question, blocks, noisy, t, null=False):
-    return velocity_head(forward(*sequence(question, blocks, noisy, t, null))[-L:], t)
-
-
-# ---- training
-
-
-@functools.partial(jit, static_argnums=0)
-def two_copies(method, params, batch, *arrays):
-    return method.two_copies(params, batch, *arrays)
-
-
-@functools.partial(jit, static_argnums=0, static_argnames="train")
-def loss(method, params, batch, key=0, *, train=False):
-    return method.loss(params, batch, jax.random.key(key), {}, train=train)
-
-
-@functools.partial(jit, static_argnums=0)
-def loss_and_gradient(method, params, batch):
-    return jax.value_and_grad(lambda p: method.loss(p, batch, jax.random.key(0), {}, train=False)[0])(params)
-
-
-def on_device(tree):
-    return jax.tree.map(jnp.asarray, tree)
-
-
-def copies(batch, seed=0):
-    """Clean latents of the batch, noisy copies of all blocks twice over, times and block numbers."""
-    rng = np.random.default_rng(seed)
-    clean, present = METHOD.latents(params(), batch)
-    block = np.tile(np.arange(N), (len(present), 2))
-    noisy = rng.normal(size=(*block.shape, L, Z)).astype(np.float32)
-    t = rng.uniform(size=block.shape).astype(np.float32)
-    return clean, jnp.asarray(noisy), jnp.asarray(t), jnp.asarray(block)
 
 
 def test_one_pass_over_two_copies_equals_one_pass_for_each_block():
@@ -300,285 +193,6 @@ def test_sharded_equals_single_device():
     placed = jax.device_put(params(), param_shardings(mesh, params()))
     split = jax.device_put(batch, batch_sharding(mesh))
     assert_close(jax.block_until_ready(loss_and_gradient(METHOD, placed, split)), expected, 1e-4)
-
-
-# ---- generation
-
-
-@functools.partial(jit, static_argnames=("method", "record"))
-def generate(method, params, prompts, key=3, *, record=(), **options):
-    return method.generate(params, prompts, jax.random.key(key), record=record, **options)
-
-
-@functools.cache
-def prompts(count=3):
-    return on_device(Case(METHOD).prompts(WITH_STEPS[:count]))
-
-
-@pytest.mark.parametrize("guidance", [1, 2.0])
-def test_generation_equals_the_definition_without_a_cache(guidance):
-    """Each block is solved by full passes over the sequence so far, from the noise of the rollout."""
-    method = dataclasses.replace(METHOD, sampler=FlowSampler(3, guidance=guidance))
-    out = generate(method, params(), prompts(), record=("solver",))
-    times, lengths = np.asarray(flow.grid(3)), set()
-    solver, thoughts = np.asarray(out.recorded["solver"]), np.asarray(out.thoughts)
-    for row in range(3):
-        question, blocks = np.asarray(prompts().question)[row][np.asarray(prompts().question_mask)[row]], []
-        while True:
-            slots = slice(len(blocks) * L, (len(blocks) + 1) * L)
-            states = solver[row, slots]
-            z = states[:, 0]
-            for i in range(3):
-                u = velocity(question, blocks, z, times[i])
-                if guidance != 1:
-                    null = velocity(question, blocks, z, times[i], null=True)
-                    u = null + guidance * (u - null)
-                z = z - (times[i] - times[i + 1]) * u
-                assert_close(states[:, i + 1], z, 1e-4)
-            assert (states[:, 3] == thoughts[row, slots]).all()
-            blocks.append(thoughts[row, slots])
-            end = forward(*sequence(question, blocks))[-1]
-            if affine(own()["decision"], end).argmax() == 1 or len(blocks) == N:
-                break
-        assert int(out.thought_mask[row].sum()) == len(blocks) * L
-        vectors, kinds = sequence(question, blocks)
-        states = forward([*vectors, *embed(prompts().ids["answer"])[None]], [*kinds, -1])
-        first = out.tokens[row][out.kind[row] == Kind.TEXT][0]
-        assert int(first) == int(naive.logits(WIDE, params()["backbone"], states[-1]).argmax())
-        # Prefill and marker; for each block its <bot>, the solver's evaluations, and the commit; every token but the last.
-        contexts, text = 1 + (guidance != 1), int((out.kind[row] == Kind.TEXT).sum())
-        assert int(out.cost.forwards[row]) == 2 + len(blocks) * (1 + 3 + 1) + text - 1
-        of_block = 1 + 3 * (L + 1) + METHOD.frame
-        read = contexts * (len(question) + len(blocks) * of_block + 1)
-        assert int(out.cost.positions[row]) == read + text - 1
-        lengths.add(len(blocks))
-    noise = solver[:, :L, 0]
-    assert noise.std() == pytest.approx(2**0.5, rel=0.5)
-    assert (noise[0] != noise[1]).all()
-
-
-RECORD = ("kv", "inputs", "hidden", "last", "solver")
-
-
-def recorded():
-    return generate(BUDGET, params(), prompts(), record=RECORD, thoughts=jnp.full(3, N * L))
-
-
-def with_decision(bias):
-    return params() | {"method": own() | {"decision": own()["decision"] | {"bias": jnp.array(bias)}}}
-
-
-def test_the_learned_stop_is_obeyed_and_a_budget_is_not_exceeded():
-    def used(method, params, *thoughts):
-        out = generate(method, params, prompts(), record=RECORD, thoughts=jnp.array(thoughts))
-        return out.thought_mask.sum(axis=1).tolist()
-
-    assert used(PLAIN, with_decision([0.0, 1e4]), 8, 8, 8) == [L] * 3
-    assert used(PLAIN, with_decision([1e4, 0.0]), 8, 8, 8) == [N * L] * 3
-    # Whole blocks that fit, whatever the decision.
-    assert used(BUDGET, with_decision([0.0, 1e4]), 0, 3, 8) == [0, 2, 8]
-    assert used(PLAIN, with_decision([1e4, 0.0]), 1, 4, 7) == [0, 4, 6]
-
-
-def change(where, value, add=0.0):
-    where = jnp.asarray(where, bool)
-    return Intervention(where, jnp.broadcast_to(value, (*where.shape, Z)), jnp.full((*where.shape, Z), add))
-
-
-def same_bits(a, b):
-    return (a.tokens == b.tokens).all() and (a.log_probs == b.log_probs).all() and (a.thoughts == b.thoughts).all()
-
-
-def test_interventions_act_on_thoughts_and_leave_the_markers_around_them():
-    clean = recorded()
-    nowhere = jnp.zeros((3, N * L), bool)
-
-    def changed(intervention):
-        return generate(BUDGET, params(), prompts(), record=RECORD, intervention=intervention)
-
-    kv = clean.recorded["kv"]
-    whole = dict(kv_where=clean.thought_mask, kv=kv)
-    assert same_bits(changed(change(clean.thought_mask, clean.thoughts).replace(**whole)), clean)
-    first = nowhere.at[0, :L].set(True)
-    zeroed = changed(change(first, 0.0).replace(**whole | {"kv_where": nowhere}))
-    assert (zeroed.thoughts[0, :L] == 0).all()
-    assert (zeroed.thoughts[0, L:] != clean.thoughts[0, L:]).all()
-    assert (zeroed.thoughts[1:] == clean.thoughts[1:]).all()
-    kept = frozen(change(first, 0.0), clean.thoughts, clean.thought_mask).replace(**whole | {"kv_where": nowhere})
-    kept = changed(kept)
-    assert (kept.thoughts[0, L:] == clean.thoughts[0, L:]).all()
-    assert (kept.log_probs[0] != clean.log_probs[0]).any()
-    # Entries alone: the block itself is as it was, what comes after it is not, and the markers' entries are not touched.
-    other = changed(change(nowhere, 0.0).replace(kv_where=first, kv=jax.tree.map(lambda x: x + 1.0, kv)))
-    assert (other.thoughts[0, :L] == clean.thoughts[0, :L]).all()
-    assert (other.recorded["last"][0, 0] == clean.recorded["last"][0, 0]).all()
-    assert (other.thoughts[0, L:] != clean.thoughts[0, L:]).all()
-    assert_close(other.recorded["kv"][0][:, 0, :L], kv[0][:, 0, :L] + 1.0, 1e-6)
-
-
-def test_what_is_recorded_is_that_of_the_thoughts_in_one_pass_over_the_sequence():
-    out, row = recorded(), 0
-    question = np.asarray(prompts().question)[row][np.asarray(prompts().question_mask)[row]]
-    vectors, block = sequence(question, np.asarray(out.thoughts)[row].reshape(N, L, Z))
-    x = jnp.asarray(np.stack(vectors), jnp.float32)[None]
-    mask = decoder.MaskSpec(block=jnp.asarray([block]))
-    full = decoder.apply(WIDE, params()["backbone"], x, jnp.ones(x.shape[:2], bool), mask=mask)
-    places = np.flatnonzero(np.asarray(block) >= 0)
-    assert len(places) == N * L
-    assert_close(out.recorded["inputs"][row], x[0, places], 1e-5)
-    assert_close(out.recorded["hidden"][row], full.hidden[0, places], 1e-5)
-    assert_close(out.recorded["last"][row], full.hidden[0, places[L - 1 :: L] + 1], 1e-5)
-    for layer, pair in enumerate(full.kv):
-        for ours, theirs in zip(out.recorded["kv"], pair, strict=True):
-            assert_close(ours[layer, row], jnp.swapaxes(theirs[0], 0, 1)[places], 1e-5)
-    assert out.recorded["solver"].shape == (3, N * L, 4, Z)
-
-
-def test_repulsion_acts_between_the_samples_of_one_problem_only():
-    sampler = FlowSampler(3, guidance=1, repulsion=0.5)
-    method = dataclasses.replace(BUDGET, sampler=sampler, group=3)
-    a, b, c = (
-        jax.tree.map(lambda x, i=i: x[i : i + 1], (prompts().question, prompts().question_mask)) for i in range(3)
-    )
-
-    def samples(*rows):
-        question, mask = (jnp.concatenate(parts) for parts in zip(*rows, strict=True))
-        these = prompts().replace(question=question, question_mask=mask, thoughts=jnp.full(len(rows), N * L))
-        return np.asarray(generate(method, params(), these).thoughts)
-
-    together, other = samples(a, a, a, b, b, b), samples(a, a, a, c, c, c)
-    assert (together[:3] == other[:3]).all()
-    assert (together[3:] != other[3:]).all()
-    # The noise of a row depends on its place alone, so that its problem alone gives the same, and other company does not.
-    assert_close(samples(a, a, a), together[:3], 1e-4)
-    mixed = samples(a, a, b, a, b, b)
-    assert (np.abs(mixed - together).max(axis=(1, 2)) > 0.01).all()
-
-
-def test_answers_of_the_decoder_are_the_vaes_text_of_the_thoughts():
-    method = dataclasses.replace(PLAIN, answer_from="decoder", answer_weight=0)
-    out = generate(method, params(), prompts(), record=("kv", "solver"))
-    assert out.recorded["kv"][0].shape[:3] == (WIDE.layers, 3, N * L)
-    own_vae, text = own()["vae"], np.asarray(out.tokens)[:, -N * 4 :].reshape(3, N, 4)
-    kept = (np.asarray(out.kind)[:, -N * 4 :] == Kind.TEXT).reshape(3, N, 4)
-    for row in range(3):
-        count, made = int(out.thought_mask[row].sum()) // L, []
-        for number in range(N):
-            if number >= count:
-                assert not kept[row, number].any()
-                continue
-            z = np.asarray(out.thoughts)[row].reshape(N, L, Z)[number]
-            z = z * np.asarray(own()["latents"]["std"]) + np.asarray(own()["latents"]["mean"])
-            x = jnp.asarray(affine(own_vae["method"]["decompress"], np.concatenate([z, own_vae["method"]["start"]])))
-            words, _ = naive.greedy(
-                VAE.backbone, own_vae["backbone"], x.astype(jnp.float32), 4, int(prompts().ids["eos"])
-            )
-            assert text[row, number][kept[row, number]].tolist() == [w for w in words if w != int(prompts().ids["eos"])]
-            made.append(len(words))
-        asked = int(prompts().question_mask[row].sum())
-        thinking = count * (1 + 3 * (L + 1) + METHOD.frame)
-        assert int(out.cost.forwards[row]) == 1 + count * 5 + max(made)
-        assert int(out.cost.positions[row]) == asked + thinking + sum(L + n for n in made)
-        assert int(out.cost.answer_tokens[row]) == sum(made)
-    empty = jnp.zeros((3, 1), jnp.int32)
-    with pytest.raises(ValueError, match="prefix: with answer_from='decoder'"):
-        method.generate(params(), prompts(), jax.random.key(0), prefix=Prefix(empty, empty > 0))
-    with pytest.raises(ValueError, match=r"record=\['weights'\]: can be recorded: .*solver"):
-        method.generate(params(), prompts(), jax.random.key(0), record=("weights",))
-    with pytest.raises(ValueError, match=r"intervention.where has 3 thoughts; this rollout has 8"):
-        method.generate(params(), prompts(), jax.random.key(0), intervention=change(jnp.zeros((3, 3)), 0.0))
-
-
-# ---- the second stage
-
-
-ROLLOUT = dataclasses.replace(METHOD, rollout_steps=2)
-
-
-def test_the_second_stage_reads_after_the_models_own_blocks():
-    batch = on_device(Case(METHOD).batch(WITH_STEPS))
-    key = jax.random.key(4)
-    at_end, text = jit(lambda p: ROLLOUT.after_own_blocks(p, batch, key, train=False))(params())
-    method = dataclasses.replace(METHOD, sampler=FlowSampler(2, guidance=1, noise_scale=1), stop="budget")
-
-    @jit
-    def thoughts(params):
-        """By the loop that generation runs."""
-        source = method.source(params, batch.thought_mask.sum(axis=1))
-        return think(
-            Backbone(WIDE, params["backbone"]), batch.question, batch.question_mask, jax.random.split(key, 3)[1],
-            thinking=source, slots=N * L, slots_per_step=L, capacity=N * METHOD.frame,
-        )[2]  # fmt: skip
-
-    steps = thoughts(params())
-    made = np.moveaxis(np.asarray(steps.inputs), 0, 1)  # [B, N, L, Z]
-    assert (np.moveaxis(np.asarray(steps.valid), 0, 1).all(axis=2) == batch.thought_mask[:, ::L]).all()
-    for row in range(len(WITH_STEPS)):
-        count = len(WITH_STEPS[row].steps)
-        question = np.asarray(batch.question)[row][np.asarray(batch.question_mask)[row]]
-        words = np.asarray(batch.text)[row][np.asarray(batch.text_mask)[row]][:-1]
-        vectors, kinds = sequence(question, list(made[row, :count]))
-        states = forward([*vectors, *embed(words)], [*kinds, *[-1] * len(words)])
-        assert_close(text[row, : len(words)], states[len(vectors) :], 1e-4)
-        ends = [len(question) + (i + 1) * METHOD.frame - 1 for i in range(count)]
-        assert_close(at_end[row, :count], states[jnp.array(ends)], 1e-4)
-
-
-def test_the_second_stage_keeps_the_flow_loss_and_changes_the_others():
-    batch = Case(METHOD).batch(WITH_STEPS)
-    first, second = (loss(method, params(), batch)[1] for method in (METHOD, ROLLOUT))
-    assert_close(second["flow"], first["flow"], 1e-6)
-    assert float(second["answer"]) != float(first["answer"])
-    assert float(second["decision"]) != float(first["decision"])
-
-
-def test_the_gradient_of_the_second_stage_is_a_finite_difference():
-    batch = on_device(Case(METHOD).batch(WITH_STEPS[:2]))
-    rng = np.random.default_rng(7)
-    weights = [jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in ((2, N, 16), (2, 4, 16))]
-    masks = [batch.thought_mask[:, ::L], batch.text_mask[:, :-1]]
-
-    def score(params):
-        states = ROLLOUT.after_own_blocks(params, batch, jax.random.key(0), train=True)
-        return sum((w * x * m[..., None]).sum() for w, x, m in zip(weights, states, masks, strict=True))
-
-    gradient, value = jit(jax.grad(score))(params()), jit(score)
-    for part in ("latent_in", "time", "head_time", "head", "markers"):
-        direction = jax.tree.map(lambda x: jnp.asarray(rng.standard_normal(x.shape), jnp.float32), own()[part])
-        length = np.sqrt(sum(float((x**2).sum()) for x in jax.tree.leaves(direction)))
-
-        step = 3e-3 / length
-        moved = [
-            float(
-                value(
-                    params()
-                    | {"method": own() | {part: jax.tree.map(lambda x, d, s=s: x + s * d, own()[part], direction)}}
-                )
-            )
-            for s in (step, -step)
-        ]
-        difference = (moved[0] - moved[1]) / (2 * step)
-        product = sum(
-            jax.tree.leaves(jax.tree.map(lambda g, d: float((g * d).sum()), gradient["method"][part], direction))
-        )
-        assert abs(product) > 1e-2
-        assert product == pytest.approx(difference, rel=3e-2, abs=2e-2 * length), part
-
-
-@pytest.mark.slow
-def test_a_solver_that_is_run_again_backwards_has_the_same_gradient():
-    batch = on_device(Case(METHOD).batch(WITH_STEPS[:2]))
-    method = dataclasses.replace(METHOD, sampler=FlowSampler(2, guidance=1), stop="budget")
-
-    def score(params, remat):
-        backbone = Backbone(WIDE, params["backbone"])
-        context = prefill(backbone, batch.question, batch.question_mask, N * METHOD.frame)
-        source = method.source(params, batch.thought_mask.sum(axis=1), remat=remat)
-        state, _ = run(backbone, source, start(source, {MAIN: context}), N, jax.random.key(0))
-        return (state.contexts[MAIN].hidden ** 3).sum()
-
-    plain, again = (jit(jax.value_and_grad(functools.partial(score, remat=remat)))(params()) for remat in (False, True))
-    assert_close(again, plain, 1e-4)
 
 
 # ---- data, parts and parameters

@@ -53,6 +53,19 @@ def test_plan_can_be_made(path, tmp_path):
     assert not run.exists()
 
 
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_arms_have_names_of_their_own_and_start_from_each_other(path):
+    defined = runpy.run_path(str(path))
+    arms = [defined["arm"](name) for name in defined.get("ARMS", ())]
+    runs = {f"runs/{arm.name}-seed{arm.seed}": arm for arm in arms}
+    assert len(runs) == len(arms)
+    for arm in arms:
+        for role, source in arm.starts.items():
+            assert source in runs, f"{path.name}: {arm.name} starts from {source}, which is no arm's run"
+            if role is not None:
+                assert type(runs[source].method) is type(arm.method.parts()[role])
+
+
 # Configs that start from published weights. The tokenizers of the tests know few words, so a text has more tokens.
 
 MORE_TOKENS = ("--method.lengths.question", "512", "--method.lengths.text", "300")
@@ -143,9 +156,8 @@ def _startable(path: pathlib.Path, arm: str | None, folder: pathlib.Path) -> Exp
             train(_startable(path, name.rpartition("-")[2], folder), folder / name, quiet=True, stop_after_steps=1)
         return str(folder / name)
 
-    source = config.init_from
-    start = made(source) if isinstance(source, str) else {role: made(run) for role, run in (source or {}).items()}
-    return dataclasses.replace(_reduced(config, folder / "model"), init_from=start or None)
+    start = {role: made(source) for role, source in config.starts.items()}
+    return dataclasses.replace(_reduced(config, folder / "model"), init_from=start.get(None, start) or None)
 
 
 def _narrow(method: Method) -> Method:

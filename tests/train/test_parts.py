@@ -11,10 +11,12 @@ import pytest
 
 from latentjax.backbone.config import tiny
 from latentjax.methods import FlowSampler, LaDiR, Lengths, ThoughtVAE
+from latentjax.methods.few_step_ladir import FewStepLaDiR
 from latentjax.rollout import Backbone
 from latentjax.tasks.successor_list import SuccessorList
 from latentjax.thoughts import vae
 from tests.train.small import experiment as small
+from train import cli
 from train.config import Experiment
 from train.loop import train
 from train.prepare import prepare
@@ -99,6 +101,45 @@ def test_the_second_stage_starts_from_the_first_with_all_that_it_holds(reasoner_
     config = experiment(dataclasses.replace(REASONER, rollout_steps=1), init_from=str(reasoner_run.run))
     state = prepare(config).first_state()
     chex.assert_trees_all_equal(jax.device_get(state.params), jax.device_get(load_run(reasoner_run.run).params))
+
+
+def test_a_name_with_the_seed_in_it_is_that_of_the_run_with_this_seed(tmp_path):
+    runs = {seed: train(experiment(VAE, seed=seed), tmp_path / f"vae-{seed}", quiet=True) for seed in (1, 2)}
+    for seed, result in runs.items():
+        config = experiment(REASONER, init_from={"vae": f"{tmp_path}/vae-{{seed}}"}, seed=seed)
+        adopted = prepare(config).first_state().params["method"]["vae"]
+        chex.assert_trees_all_equal(jax.device_get(adopted), jax.device_get(result.params))
+    first, second = (jax.tree.leaves(result.params)[0] for result in runs.values())
+    assert (first != second).any()
+
+
+def test_a_student_may_differ_from_its_teacher_in_how_it_trains_and_samples(reasoner_run):
+    fields = {f.name: getattr(REASONER, f.name) for f in dataclasses.fields(LaDiR)}
+    fields |= {"steps": 5, "draws": 1, "null_probability": 0.0, "sampler": FlowSampler(4, guidance=1)}
+    student = FewStepLaDiR(**fields, teacher_guidance=1, phases=4)
+    own = prepare(experiment(student, init_from={"teacher": str(reasoner_run.run)})).first_state().params["method"]
+    theirs = load_run(reasoner_run.run).params["method"]
+    for copy in (own, own["teacher"]["method"]):
+        chex.assert_trees_all_equal(
+            *(jax.device_get([x[name] for name in ("latent_in", "head")]) for x in (copy, theirs))
+        )
+    other = dataclasses.replace(student, flow_weight=1.0)
+    with pytest.raises(ValueError, match=r"is not the teacher .*\n.*method\.teacher\.flow_weight: 5\.0 -> 1\.0"):
+        prepare(experiment(other, init_from={"teacher": str(reasoner_run.run)}))
+
+
+def test_a_collapsed_vae_ends_the_command_with_an_explanation(vae_run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(vae, "ACTIVE_VARIANCE", 1e9)  # as if no unit told one block from another
+    source = {"vae": str(vae_run.run)}
+    file = tmp_path / "config.py"
+    file.write_text(
+        f"from tests.train.test_parts import REASONER, experiment\nconfig = experiment(REASONER, init_from={source})"
+    )
+    assert cli.main([str(file), "--run", str(tmp_path / "run"), "--seed", "3"]) == cli.BAD_INPUT
+    shown = capsys.readouterr().err
+    assert "the VAE has collapsed: 0 of" in shown
+    assert "Train it with a smaller beta" in shown
+    assert not list((tmp_path / "run/checkpoints").iterdir())
 
 
 def with_vae(**changes):
