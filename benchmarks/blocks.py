@@ -10,8 +10,6 @@ For each run, in one batch of problems x samples rows, compilation excluded: sec
 
 import dataclasses
 import json
-import statistics
-import time
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import tyro
 
+from benchmarks.setting import median_seconds
 from eval.evaluate import encode_prompts
 from eval.samples import grouped, repeated
 from latentjax.backbone.attention import MaskSpec
@@ -59,7 +58,7 @@ def measure(run: LoadedRun, options: Options) -> dict[str, float]:
 
     def generate(method: Any) -> float:
         made = jax.jit(lambda params: method.generate(params, prompts, key, sampling=sampling).tokens)
-        return seconds(made, options.repeats, run.params)
+        return median_seconds(made, options.repeats, run.params)
 
     rows = options.problems * options.samples
     if not isinstance(method, LaDiR):
@@ -89,18 +88,7 @@ def block_forward(method: LaDiR, params: Any, prompts: Any, options: Options) ->
 
     vectors = jax.random.normal(jax.random.key(0), (rows, latents + 1, method.backbone.width))
     many = jax.jit(lambda vectors: jax.lax.fori_loop(0, options.forwards, forward, vectors))
-    return seconds(many, options.repeats, vectors) / options.forwards
-
-
-def seconds(function: Any, repeats: int, *arguments: Any) -> float:
-    """The median time of a call, after one that compiles."""
-    jax.block_until_ready(function(*arguments))
-    times = []
-    for _ in range(repeats):
-        begin = time.perf_counter()
-        jax.block_until_ready(function(*arguments))
-        times.append(time.perf_counter() - begin)
-    return statistics.median(times)
+    return median_seconds(many, options.repeats, vectors) / options.forwards
 
 
 def main() -> None:

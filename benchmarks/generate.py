@@ -8,13 +8,11 @@ implementation of Coconut, batch 1 by construction, makes 3.7 prompts/s at vocab
 import dataclasses
 import json
 import pathlib
-import statistics
-import time
 
 import jax
 import tyro
 
-from benchmarks.setting import Setting, matmul_peak
+from benchmarks.setting import Setting, matmul_peak, median_seconds
 from latentjax.methods import Lengths
 from latentjax.rollout import MAIN, Backbone, prefill, run, start
 from latentjax.thoughts.feedback import feedback
@@ -48,11 +46,11 @@ def measure(options: Generate) -> dict[str, float]:
     def whole(params):
         return method.generate(params, prompts, key).tokens
 
-    seconds_whole = _median(jax.jit(whole), options.repeats, params)
-    context, reading = jax.jit(read)(params), _median(jax.jit(read), options.repeats, params)
+    seconds_whole = median_seconds(jax.jit(whole), options.repeats, params)
+    context, reading = jax.jit(read)(params), median_seconds(jax.jit(read), options.repeats, params)
     thinking = 0.0
     if options.thoughts and options.method.lower() == "coconut":
-        thinking = _median(jax.jit(think), options.repeats, params, context)
+        thinking = median_seconds(jax.jit(think), options.repeats, params, context)
     positions = options.question + options.thoughts + options.new_tokens
     flops = options.forward_flops(positions, positions / 2, options.new_tokens)
     return {
@@ -62,16 +60,6 @@ def measure(options: Generate) -> dict[str, float]:
         "seconds_think": thinking,
         "seconds_decode": seconds_whole - reading - thinking,
     }
-
-
-def _median(function, repeats: int, *arguments) -> float:
-    jax.block_until_ready(function(*arguments))
-    times = []
-    for _ in range(repeats):
-        begin = time.perf_counter()
-        jax.block_until_ready(function(*arguments))
-        times.append(time.perf_counter() - begin)
-    return statistics.median(times)
 
 
 def main() -> None:

@@ -2,7 +2,10 @@
 
 import dataclasses
 import resource
+import statistics
 import time
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -96,3 +99,14 @@ def matmul_peak(dtype: str, size: int = 2048, repeats: int = 5) -> float:
         product(x).block_until_ready()
         best = min(best, time.perf_counter() - start)
     return 2 * size**3 / best
+
+
+def median_seconds(function: Callable[..., Any], repeats: int, *arguments: Any) -> float:
+    """The median time of `repeats` calls, after one that compiles."""
+    jax.block_until_ready(function(*arguments))
+    times = []
+    for _ in range(repeats):
+        begin = time.perf_counter()
+        jax.block_until_ready(function(*arguments))
+        times.append(time.perf_counter() - begin)
+    return statistics.median(times)
