@@ -110,6 +110,7 @@ def evaluate_split(
     Raises:
         ValueError: before anything is compiled; see `encode_prompts`.
     """
+    method = within_vocabulary(method, tokenizer)
     prompts = encode_prompts(method, Codec(tokenizer, task.format, chat), examples, thoughts)
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size}: must be at least 1")
@@ -141,9 +142,19 @@ def check_split(
     chat: bool = False,
 ) -> None:
     """Raise the ValueErrors that `evaluate_split` would raise, method's own included, without compiling anything."""
+    method = within_vocabulary(method, tokenizer)
     prompts = encode_prompts(method, Codec(tokenizer, task.format, chat), examples, thoughts)
     batch = _take(prompts, np.arange(batch_size) % len(examples))
     _generate.eval_shape(method, params, batch, jax.random.key(0), None, sampling=sampling)
+
+
+def within_vocabulary(method: Method, tokenizer: Tokenizer) -> Method:
+    """`method` that never generates an id which its tokenizer has no token for: a backbone may have rows to spare, which are
+    improbable after training and not impossible."""
+    backbone = method.backbone
+    if backbone.vocab_used is not None or backbone.vocab_size <= tokenizer.vocab_size:
+        return method
+    return dataclasses.replace(method, backbone=dataclasses.replace(backbone, vocab_used=tokenizer.vocab_size))
 
 
 def encode_prompts(method: Method, codec: Codec, examples: Sequence[Example], thoughts: int | None = None) -> Prompts:

@@ -4,9 +4,15 @@ import jax
 import numpy as np
 import pytest
 
-from eval.evaluate import evaluate_split
+from eval.evaluate import encode_prompts, evaluate_split
+from latentjax.backbone import decoder
+from latentjax.backbone.config import tiny
+from latentjax.methods import Lengths, NoCoT
 from latentjax.metrics import wilson
 from latentjax.rollout import Intervention
+from latentjax.sampling import Sampling
+from latentjax.tasks.successor_list import SuccessorList
+from latentjax.tokenizers import Codec
 from tests.eval.fake import SLOTS, TRACES, WIDTH, Echo, NumberTokenizer, known
 
 KEY = jax.random.key(0)
@@ -73,6 +79,25 @@ def test_wall_clock_is_measured_on_request_without_counting_compilation(monkeypa
     # every call lasts one tick of the fake clock
     assert result.seconds_per_problem == 0.25
     assert result.seconds_per_problem_batch1 == 1.0
+
+
+def test_rows_that_no_token_has_are_never_generated():
+    task = SuccessorList(hops=2)
+    tokenizer = task.tokenizer()
+    spare = 6
+    backbone = tiny(tokenizer.vocab_size + spare, width=16, layers=1, heads=2)
+    method = NoCoT(backbone, Lengths(question=12, text=3), steps=1)
+    params = {"backbone": decoder.init(backbone, KEY), "method": method.init(KEY)}
+    table = params["backbone"]["embed"]["tokens"]
+    params["backbone"]["embed"]["tokens"] = table.at[-spare:].multiply(50.0)  # by far the most probable, or improbable
+    prompts = encode_prompts(method, Codec(tokenizer, task.format), task.examples("valid", count=40))
+    ids = method.generate(params, jax.tree.map(jax.numpy.asarray, prompts), KEY).tokens
+    assert (np.asarray(ids) >= tokenizer.vocab_size).any()
+    result = evaluate_split(
+        method, params, task, tokenizer, task.examples("valid", count=40), batch_size=40, key=KEY,
+        sampling=Sampling(temperature=1.0),
+    )  # fmt: skip
+    assert result.n == 40
 
 
 @pytest.mark.parametrize(
