@@ -28,6 +28,8 @@ from latentjax.tokenizers import Codec
 from train.cli import BAD_INPUT, reject_assignments
 from train.run import LoadedRun, enable_compilation_cache, load_run
 
+REDIRECTED_WIDTH = 140  # characters of a table that goes to a file or a pipe; at 80 its intervals would be cut
+
 
 @dataclasses.dataclass(frozen=True)
 class SamplerOptions:
@@ -111,6 +113,8 @@ class Request:
 def main(arguments: Sequence[str]) -> int:
     """Run the program; returns its exit code."""
     console = Console()
+    if not console.is_terminal:
+        console = Console(width=REDIRECTED_WIDTH)
     try:
         options = parse(arguments)
         enable_compilation_cache()
