@@ -279,10 +279,10 @@ class LaDiR(Method):
         own: Any,
         hidden: Float[Array, "*B L D"],
         z: Float[Array, "*B L Z"],
-        t: Float[Array, "*B"],
+        t: Float[Array, "..."],
         span: Any = None,
     ) -> tuple[Float[Array, "*B L Z"], Float[Array, "*B L Z"]]:
-        """The head's prediction at hidden states, and the velocity that it stands for."""
+        """The head's prediction at hidden states, and the velocity that it stands for; `t` is a time for each block, or one."""
         time = self.head_time(own, t, span)
         prediction = jnp.asarray(VelocityHead(self.vae.latent_width).apply({"params": own["head"]}, hidden, time))
         return prediction, flow.velocity_of(prediction, z, t, self.prediction)
@@ -489,14 +489,12 @@ class LaDiR(Method):
 
             def velocities(z, t):
                 """The velocity at z [B, L, Z] in each context."""
-                rows = jnp.broadcast_to(t, (size,))
-                inputs = jnp.concatenate(
-                    [self.time_token(own, rows, span)[:, None], self.latent_in(own, z)], axis=1
-                ).astype(hidden.dtype)
+                time = jnp.broadcast_to(self.time_token(own, t, span), (size, 1, hidden.shape[-1]))
+                inputs = jnp.concatenate([time, self.latent_in(own, z)], axis=1).astype(hidden.dtype)
                 found = []
                 for name in contexts:
                     seen = peek(inputs, valid, begun[name], mask=behind_time).hidden[:, 1:]
-                    found.append(self.velocity(own, seen, z, rows, span)[1])
+                    found.append(self.velocity(own, seen, z, t, span)[1])
                 return found
 
             def velocity(z, t):

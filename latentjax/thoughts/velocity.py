@@ -24,12 +24,13 @@ class TimeEmbedding(nn.Module):
 
 
 class VelocityHead(nn.Module):
-    """From hidden states to the prediction: a norm without parameters, modulated by the time, then a linear map."""
+    """From hidden states to the prediction: a norm without parameters, modulated by the time, then a linear map. `time` is an
+    embedding for each block, or one for all."""
 
     latent_width: int
 
     @nn.compact
-    def __call__(self, hidden: Float[Array, "*B S D"], time: Float[Array, "*B D"]) -> Float[Array, "*B S Z"]:
+    def __call__(self, hidden: Float[Array, "*B S D"], time: Float[Array, "... D"]) -> Float[Array, "*B S Z"]:
         hidden = nn.LayerNorm(1e-6, use_bias=False, use_scale=False)(hidden.astype(jnp.float32))
         zero = nn.initializers.zeros
         modulation = nn.Dense(2 * hidden.shape[-1], kernel_init=zero, name="modulation")(nn.silu(time))
