@@ -10,6 +10,7 @@ For each run, in one batch of problems x samples rows, compilation excluded: sec
 
 import dataclasses
 import json
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -93,7 +94,16 @@ def block_forward(method: LaDiR, params: Any, prompts: Any, options: Options) ->
 
 def main() -> None:
     options = tyro.cli(Options, description=__doc__)
-    results = {path.name: measure(load_run(path, checkpoint="last"), options) for path in options.runs}
+    try:
+        runs = {path.name: load_run(path, checkpoint="last") for path in options.runs}
+        for field in ("problems", "samples", "steps", "extra", "forwards", "repeats"):
+            if getattr(options, field) < 1:
+                raise ValueError(f"{field}={getattr(options, field)}: must be at least 1")
+        for run in runs.values():
+            run.experiment.task.examples(options.split, count=options.problems, seed=0)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    results = {name: measure(run, options) for name, run in runs.items()}
     kept = {name: value for name, value in dataclasses.asdict(options).items() if name not in ("runs", "json")}
     text = json.dumps({**kept, "device": jax.devices()[0].device_kind, "results": results}, indent=1)
     print(text)

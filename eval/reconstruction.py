@@ -2,12 +2,14 @@
 
 Each block is encoded, noise of `noise` standard deviations of its latent unit (over the blocks of the split) is added to the
 posterior's mean, and the decoder writes greedily. A block is exact if all its tokens come back, with nothing after them.
-Writes RUN/eval/reconstruction-SPLIT.json.
+Writes RUN/eval/reconstruction-SPLIT.json, under a free name; a use of a test split is logged.
 """
 
 import dataclasses
 import json
+import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,8 +23,9 @@ from rich.table import Table
 
 from eval.controls import Share
 from eval.evaluate import encode_prompts
-from eval.report import interval_text, percent
+from eval.report import free_stem, interval_text, log_test_use, percent
 from latentjax.methods import ThoughtVAE
+from latentjax.tasks.base import Example
 from latentjax.thoughts import vae
 from latentjax.tokenizers import Codec
 from train.cli import BAD_INPUT
@@ -47,11 +50,10 @@ class Options:
     """Of the noise."""
 
 
-def reconstruction(run: LoadedRun, options: Options) -> list[Share]:
-    """The share at each scale of noise."""
+def reconstruction(run: LoadedRun, examples: Sequence[Example], options: Options) -> list[Share]:
+    """The share of exact blocks of `examples` at each scale of noise. Raises ValueError if a block does not fit the VAE."""
     method, task = run.experiment.method, run.experiment.task
     assert isinstance(method, ThoughtVAE)
-    examples = task.examples(options.split, count=options.count, seed=0)
     prompts = encode_prompts(method, Codec(run.tokenizer, task.format, run.experiment.chat), examples)
     asked = method.lengths.question if method.encoder_sees_question else 0
     (question, text), (question_mask, text_mask) = (
@@ -89,7 +91,12 @@ def main(arguments: list[str]) -> int:
             raise ValueError(f"run={options.run}: is a {run.experiment.method.name}; only a ThoughtVAE gives text back")
         if min(options.noise, default=-1) < 0:
             raise ValueError(f"noise={options.noise}: name at least one scale, none of them negative")
-        found = reconstruction(run, options)
+        examples = run.experiment.task.examples(options.split, count=options.count, seed=0)
+        command = shlex.join(["python", "-m", "eval.reconstruction", *arguments])
+        log_test_use(
+            options.run, split=options.split, checkpoint=options.checkpoint, step=run.step, thoughts=None, command=command
+        )  # fmt: skip
+        found = reconstruction(run, examples, options)
     except (ValueError, KeyError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return BAD_INPUT
@@ -100,7 +107,7 @@ def main(arguments: list[str]) -> int:
     Console().print(table)
     folder = options.run / "eval"
     folder.mkdir(exist_ok=True)
-    path = folder / f"reconstruction-{options.split}.json"
+    path = folder / f"{free_stem(folder, f'reconstruction-{options.split}')}.json"
     header = {"split": options.split, "count": options.count, "step": run.step, "seed": options.seed}
     path.write_text(json.dumps(header | {"exact": shares}, indent=1) + "\n")
     print(f"wrote {path}")

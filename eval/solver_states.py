@@ -12,7 +12,9 @@ a figure of them (.png).
 import dataclasses
 import functools
 import json
+import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,8 +27,9 @@ from rich.table import Table
 
 from eval.evaluate import encode_prompts
 from eval.plots import plot_solver
+from eval.report import free_stem, log_test_use
 from latentjax.methods.ladir import LaDiR
-from latentjax.tasks.base import Reason
+from latentjax.tasks.base import Example, Reason
 from latentjax.tokenizers import Codec
 from train.cli import BAD_INPUT
 from train.run import LoadedRun, enable_compilation_cache, load_run
@@ -50,11 +53,12 @@ class Options:
     """Of the noise."""
 
 
-def states(run: LoadedRun, options: Options) -> tuple[list[str], list[list[list[str]]], np.ndarray]:
+def states(
+    run: LoadedRun, examples: Sequence[Example], options: Options
+) -> tuple[list[str], list[list[list[str]]], np.ndarray]:
     """Questions, texts [problem][block][state] of the blocks that were made, and the times of the states."""
     method, task = run.experiment.method, run.experiment.task
     assert isinstance(method, LaDiR)
-    examples = task.examples(options.split, count=options.count, seed=0)
     prompts = encode_prompts(method, Codec(run.tokenizer, task.format, run.experiment.chat), examples)
     generate = jax.jit(functools.partial(method.generate, record=("solver",)))
     out = generate(run.params, jax.tree.map(jnp.asarray, prompts), jax.random.key(options.seed))
@@ -103,7 +107,12 @@ def main(arguments: list[str]) -> int:
         run = load_run(options.run, checkpoint=options.checkpoint)
         if not isinstance(run.experiment.method, LaDiR):
             raise ValueError(f"run={options.run}: is a {run.experiment.method.name}; only a LaDiR has solver states")
-        questions, texts, times = states(run, options)
+        examples = run.experiment.task.examples(options.split, count=options.count, seed=0)
+        command = shlex.join(["python", "-m", "eval.solver_states", *arguments])
+        log_test_use(
+            options.run, split=options.split, checkpoint=options.checkpoint, step=run.step, thoughts=None, command=command
+        )  # fmt: skip
+        questions, texts, times = states(run, examples, options)
     except (ValueError, KeyError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return BAD_INPUT
@@ -111,7 +120,7 @@ def main(arguments: list[str]) -> int:
     found |= {"blocks": sum(map(len, texts)), "times": times.tolist(), **shares(run, texts)}
     folder = options.run / "eval"
     folder.mkdir(exist_ok=True)
-    stem = folder / f"solver-{options.split}"
+    stem = folder / free_stem(folder, f"solver-{options.split}")
     stem.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n")
     with stem.with_suffix(".txt").open("w", encoding="utf-8") as file:
         Console(file=file, width=200).print(table(questions, texts, times, options.shown))

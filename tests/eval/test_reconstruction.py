@@ -80,6 +80,17 @@ def test_shares_are_those_of_gaussian_noise_beyond_half_a_step(load):
         assert exact[scale]["share"] == pytest.approx(share, abs=5 * (share * (1 - share) / 3000) ** 0.5)
 
 
+def test_uses_of_test_data_are_logged_and_earlier_results_kept(load):
+    _, folder = load(METHOD)
+    for split in ("valid", "test", "test"):
+        assert reconstruction.main([str(folder), "--split", split, "--count", "3", "--noise", "0"]) == 0
+    names = {path.name for path in (folder / "eval").glob("reconstruction-*")}
+    assert names == {f"reconstruction-{name}.json" for name in ("valid", "test", "test-2")}
+    uses = [json.loads(line) for line in (folder / "eval/test_uses.jsonl").read_text().splitlines()]
+    assert [(use["split"], use["step"]) for use in uses] == [("test", 7)] * 2
+    assert "python -m eval.reconstruction" in uses[0]["command"]
+
+
 @pytest.mark.parametrize(
     ("method", "words", "message"),
     [

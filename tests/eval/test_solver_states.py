@@ -62,6 +62,16 @@ def test_every_state_is_read_and_the_last_is_the_finished_block(load, capsys):
     assert "1.00" in capsys.readouterr().out
 
 
+def test_uses_of_test_data_are_logged_and_earlier_results_kept(load):
+    folder = load(METHOD)
+    for _ in range(2):
+        assert solver_states.main([str(folder), "--split", "test", "--count", "2"]) == 0
+    assert {path.name for path in (folder / "eval").glob("*.json")} == {"solver-test.json", "solver-test-2.json"}
+    uses = (folder / "eval/test_uses.jsonl").read_text().splitlines()
+    assert len(uses) == 2
+    assert "python -m eval.solver_states" in json.loads(uses[0])["command"]
+
+
 def test_other_methods_have_no_solver(load, capsys):
     folder = load(CoT(SMALL, Lengths(7, 12), steps=1))
     assert solver_states.main([str(folder)]) == 2

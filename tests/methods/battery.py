@@ -1,6 +1,7 @@
 """What every method is tested on. A new method is covered by adding a case here."""
 
 import dataclasses
+import functools
 
 import jax
 import numpy as np
@@ -11,6 +12,7 @@ from latentjax.methods.superposition import GraphCoconut
 from latentjax.tasks.base import Example, Format
 from latentjax.tokenizers import Codec, WordTokenizer
 from tests.backbone import naive
+from tests.quick import jit
 
 # No biases of queries and keys: with learned positions the gradient of the latter is 0, which has no scale.
 BACKBONE = BackboneConfig(vocab_size=16, max_positions=40, width=16, layers=2, heads=2, qkv_bias=False)
@@ -89,3 +91,13 @@ CASES = {
         GraphCoconut(BACKBONE, LENGTHS, uniform_prob=0.5, loss_on="set", supervision="frontier"), 4
     ),
 }  # fmt: skip
+
+
+@functools.partial(jit, static_argnums=0, static_argnames="train")
+def loss(method, params, batch, key=0, *, train=False):
+    return method.loss(params, batch, jax.random.key(key), {}, train=train)
+
+
+@functools.partial(jit, static_argnums=0)
+def loss_and_gradient(method, params, batch):
+    return jax.value_and_grad(lambda p: method.loss(p, batch, jax.random.key(0), {}, train=False)[0])(params)

@@ -119,16 +119,6 @@ def two_copies(method, params, batch, *arrays):
     return method.two_copies(params, batch, *arrays)
 
 
-@functools.partial(jit, static_argnums=0, static_argnames="train")
-def loss(method, params, batch, key=0, *, train=False):
-    return method.loss(params, batch, jax.random.key(key), {}, train=train)
-
-
-@functools.partial(jit, static_argnums=0)
-def loss_and_gradient(method, params, batch):
-    return jax.value_and_grad(lambda p: method.loss(p, batch, jax.random.key(0), {}, train=False)[0])(params)
-
-
 def on_device(tree):
     return jax.tree.map(jnp.asarray, tree)
 

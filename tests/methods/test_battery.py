@@ -13,21 +13,11 @@ from latentjax.methods.base import Batch
 from latentjax.rollout import Kind
 from latentjax.sharding import batch_sharding, make_mesh, param_shardings
 from tests.close import assert_close
-from tests.methods.battery import CASES, EXAMPLES, LENGTHS
+from tests.methods.battery import CASES, EXAMPLES, LENGTHS, loss, loss_and_gradient
 from tests.quick import jit
 
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 _AUTOREGRESSIVE = {name: case for name, case in CASES.items() if case.autoregressive}
-
-
-@functools.partial(jit, static_argnums=0, static_argnames="train")
-def loss(method, params, batch, key=0, *, train=False):
-    return method.loss(params, batch, jax.random.key(key), {}, train=train)
-
-
-@functools.partial(jit, static_argnums=0)
-def loss_and_gradient(method, params, batch):
-    return jax.value_and_grad(lambda p: method.loss(p, batch, jax.random.key(0), {}, train=False)[0])(params)
 
 
 @functools.partial(jit, static_argnums=0)

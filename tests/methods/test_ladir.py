@@ -17,7 +17,7 @@ from latentjax.sharding import RULES, batch_sharding, make_mesh, param_shardings
 from latentjax.thoughts import vae
 from tests.backbone import naive
 from tests.close import assert_close
-from tests.methods.battery import Case
+from tests.methods.battery import Case, loss, loss_and_gradient
 from tests.methods.ladir_definition import (
     EIGHT,
     METHOD,
@@ -31,8 +31,6 @@ from tests.methods.ladir_definition import (
     copies,
     embed,
     forward,
-    loss,
-    loss_and_gradient,
     on_device,
     own,
     params,

@@ -12,7 +12,7 @@ from latentjax.generation import think
 from latentjax.methods import FlowSampler
 from latentjax.rollout import MAIN, Backbone, prefill, run, start
 from tests.close import assert_close
-from tests.methods.battery import Case
+from tests.methods.battery import Case, loss
 from tests.methods.ladir_definition import (
     METHOD,
     WIDE,
@@ -21,7 +21,6 @@ from tests.methods.ladir_definition import (
     N,
     embed,
     forward,
-    loss,
     on_device,
     own,
     params,

@@ -19,7 +19,7 @@ from latentjax.tasks.base import Example
 from latentjax.thoughts import vae
 from tests.backbone import naive
 from tests.close import assert_close
-from tests.methods.battery import BACKBONE, EXAMPLES, Case
+from tests.methods.battery import BACKBONE, EXAMPLES, Case, loss, loss_and_gradient
 from tests.quick import jit
 from train import state as train_state
 from train.config import Optimizer
@@ -42,16 +42,6 @@ def random_params(method):
 @functools.cache
 def params():
     return random_params(METHOD)
-
-
-@functools.partial(jit, static_argnums=0, static_argnames="train")
-def loss(method, params, batch, key=0, *, train=False):
-    return method.loss(params, batch, jax.random.key(key), {}, train=train)
-
-
-@functools.partial(jit, static_argnums=0)
-def loss_and_gradient(method, params, batch):
-    return jax.value_and_grad(lambda p: method.loss(p, batch, jax.random.key(0), {}, train=False)[0])(params)
 
 
 @functools.partial(jit, static_argnums=0, static_argnames="sampling")

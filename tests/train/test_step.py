@@ -23,7 +23,7 @@ def _start(config):
     return prepared.first_state(), jax.device_put(prepared.training.batch(0))
 
 
-def _close(found, right, tolerance):
+def _assert_close(found, right, tolerance):
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(right), strict=True):
         difference = np.abs(np.asarray(a) - np.asarray(b)).max()
         assert difference <= tolerance * max(np.abs(np.asarray(b)).max(), 1e-30)
@@ -39,8 +39,8 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(accumulate):
     key = jax.random.key(0)
     batch = batch.replace(loss_mask=batch.loss_mask.at[0].set(False))  # unequal numbers of targets in the microbatches
     (grads, metrics), (right, right_metrics) = found(state, batch, key=key), whole(state, batch, key=key)
-    _close(grads, right, 1e-6)
-    _close(metrics, right_metrics, 1e-6)
+    _assert_close(grads, right, 1e-6)
+    _assert_close(metrics, right_metrics, 1e-6)
 
     # A plain mean over the microbatches is something else.
     parts = [jax.tree.map(lambda x, i=i: x[i::accumulate], batch) for i in range(accumulate)]
@@ -116,7 +116,7 @@ def test_ema_by_its_definition():
     for _ in range(3):
         state, _ = step(state, batch)
         average = jax.tree.map(lambda a, p: 0.75 * a + 0.25 * p, average, state.params)
-    _close(state.ema, average, 1e-6)
+    _assert_close(state.ema, average, 1e-6)
     assert state.eval_params is state.ema
 
 
@@ -157,5 +157,5 @@ def test_a_sharded_step_is_the_step_of_one_device(data, fsdp, tensor):
     where = param_shardings(mesh, state)
     step = jax.jit(make_step(config, STEPS), in_shardings=(where, batch_sharding(mesh)), out_shardings=(where, None))
     found, metrics = step(jax.device_put(state, where), jax.device_put(batch, batch_sharding(mesh)))
-    _close(metrics, right_metrics, 1e-4)
-    _close(found.params, right.params, 1e-4)
+    _assert_close(metrics, right_metrics, 1e-4)
+    _assert_close(found.params, right.params, 1e-4)
