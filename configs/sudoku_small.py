@@ -23,7 +23,8 @@ from latentjax.thoughts.flow import TimeSampler
 from train.config import Experiment, Optimizer
 
 # What the arms change in the VAE (k = 0 and p = 0 are the paper's ablations), and which VAE a reasoner takes.
-VAES: dict[str, dict] = {"VAE": {}, "VAE-k0": {"noise": 0.0}, "VAE-p0": {"substitution": 0.0}}
+# With the beta of the others a VAE without noise would learn a posterior as wide as that noise.
+VAES: dict[str, dict] = {"VAE": {}, "VAE-k0": {"noise": 0.0, "beta": 1e-5}, "VAE-p0": {"substitution": 0.0}}
 REASONERS: dict[str, dict] = {
     "LaDiR": {},
     "LaDiR-k0": {"vae": "VAE-k0"},
@@ -33,7 +34,15 @@ REASONERS: dict[str, dict] = {
     "Open-LaDiR-v": {"prediction": "v"},
 }
 FURTHER: dict[str, dict] = {"Stage1": {}, "Stage2": {"rollout_steps": 10}}  # from LaDiR's parameters
-STUDENTS = {"Open-Phased": "phased", "Open-Shortcut": "shortcut", "Open-MeanFlow": "meanflow"}  # of Open-LaDiR
+STUDENTS: dict[str, dict] = {  # of Open-LaDiR
+    "Open-Phased": {"objective": "phased", "times": TimeSampler()},
+    "Open-Shortcut": {"objective": "shortcut"},
+    "Open-MeanFlow": {
+        "objective": "meanflow",
+        "times": TimeSampler("logit_normal", mean=-0.4),
+        "adaptive_power": 0,  # published: 1, whose weights bias latents of so few numbers (docs/log.md)
+    },
+}
 OTHERS = ("NoCoT", "MGDM", "Coconut", "Open-NoCoT", "Open-MGDM")
 ARMS = (*VAES, *REASONERS, *FURTHER, *STUDENTS, *OTHERS)
 
@@ -50,9 +59,9 @@ def backbone(width: int, layers: int) -> BackboneConfig:
 
 def vae(name: str) -> ThoughtVAE:
     """One latent of width 8 for a row, of which there are 24; noise of about 0.4 standard deviations."""
-    fields = {"noise": 1.0, "substitution": 0.02} | VAES[name]
+    fields = {"noise": 1.0, "substitution": 0.02, "beta": 6e-3} | VAES[name]
     return ThoughtVAE(
-        backbone(64, 1), Lengths(QUESTION, ROW), steps=VAE_STEPS, latents=1, latent_width=8, max_blocks=4, beta=6e-3,
+        backbone(64, 1), Lengths(QUESTION, ROW), steps=VAE_STEPS, latents=1, latent_width=8, max_blocks=4,
         train_decoder=True, **fields,
     )  # fmt: skip
 
@@ -83,12 +92,9 @@ def method(name: str) -> Method:
         read = {"lengths": Lengths(QUESTION, GRID), "answer_weight": 1.0, "answer_from": "head"}
         return LaDiR(**reasoner(FURTHER_STEPS, **read, **FURTHER[name]))
     if name in STUDENTS:
-        fields = reasoner(
-            STUDENT_STEPS, null_probability=0.0, sampler=FlowSampler(steps=4, guidance=1.0, noise_scale=1.0)
-        )
-        return FewStepLaDiR(
-            **fields, objective=STUDENTS[name], teacher_guidance=1.0, teacher_steps=32, phases=4, base_steps=32
-        )
+        sampler = FlowSampler(steps=4, guidance=1.0, noise_scale=1.0)
+        fields = reasoner(STUDENT_STEPS, null_probability=0.0, sampler=sampler, **STUDENTS[name])
+        return FewStepLaDiR(**fields, teacher_guidance=1.0, teacher_steps=32, phases=4, base_steps=32)
     other = name.removeprefix("Open-")
     if other == "NoCoT":
         return NoCoT(backbone(128, 4), Lengths(QUESTION, GRID), steps=STEPS)

@@ -160,6 +160,10 @@ def parse(arguments: Sequence[str]) -> Options:
         raise ValueError(f"thoughts={options.thoughts} and forced_k={options.forced_k}: give one of them")
     if options.samples is not None and (options.forced_k is not None or options.device_time):
         raise ValueError(f"samples={options.samples}: goes with one number of thoughts and without device_time")
+    if options.sampler.repulsion and (options.samples or 1) < 2:
+        raise ValueError(
+            f"sampler.repulsion={options.sampler.repulsion}: acts between the samples of a problem; give --samples"
+        )
     for field in ("count", "batch", "samples"):
         if (value := getattr(options, field)) is not None and value < 1:
             raise ValueError(f"{field}={value}: an evaluation needs at least 1")

@@ -150,11 +150,14 @@ def check_split(
 
 def within_vocabulary(method: Method, tokenizer: Tokenizer) -> Method:
     """`method` that never generates an id which its tokenizer has no token for: a backbone may have rows to spare, which are
-    improbable after training and not impossible."""
-    backbone = method.backbone
-    if backbone.vocab_used is not None or backbone.vocab_size <= tokenizer.vocab_size:
-        return method
-    return dataclasses.replace(method, backbone=dataclasses.replace(backbone, vocab_used=tokenizer.vocab_size))
+    improbable after training and not impossible. A VAE in it writes text too."""
+    changed: dict[str, Any] = {}
+    backbone, vae = method.backbone, getattr(method, "vae", None)
+    if backbone.vocab_used is None and backbone.vocab_size > tokenizer.vocab_size:
+        changed["backbone"] = dataclasses.replace(backbone, vocab_used=tokenizer.vocab_size)
+    if vae is not None:
+        changed["vae"] = within_vocabulary(vae, tokenizer)
+    return dataclasses.replace(method, **changed)
 
 
 def encode_prompts(method: Method, codec: Codec, examples: Sequence[Example], thoughts: int | None = None) -> Prompts:
@@ -171,12 +174,12 @@ def encode_prompts(method: Method, codec: Codec, examples: Sequence[Example], th
         # As data, not as a static number: a curve over numbers of thoughts compiles once.
         prompts = prompts.replace(thoughts=np.full(len(examples), thoughts, np.int32))
     spent, question = np.asarray(prompts.thoughts), np.asarray(prompts.question_mask).sum(axis=1)
-    needed, available = question + spent + method.lengths.text, method.backbone.max_positions
+    needed, available = method.positions(question, spent), method.backbone.max_positions
     if needed.max() > available:
         row = int(needed.argmax())
         raise ValueError(
             f"thoughts={spent[row]}: example {row} needs {needed[row]} positions ({question[row]} of the question, "
-            f"{spent[row]} thoughts, {method.lengths.text} of text), but backbone.max_positions={available}"
+            f"{spent[row]} thoughts, {method.lengths.text} of text, and markers), but backbone.max_positions={available}"
         )
     return prompts
 

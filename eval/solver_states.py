@@ -25,7 +25,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from eval.evaluate import encode_prompts
+from eval.evaluate import encode_prompts, within_vocabulary
 from eval.plots import plot_solver
 from eval.report import free_stem, log_test_use
 from latentjax.methods.ladir import LaDiR
@@ -57,7 +57,8 @@ def states(
     run: LoadedRun, examples: Sequence[Example], options: Options
 ) -> tuple[list[str], list[list[list[str]]], np.ndarray]:
     """Questions, texts [problem][block][state] of the blocks that were made, and the times of the states."""
-    method, task = run.experiment.method, run.experiment.task
+    task = run.experiment.task
+    method = within_vocabulary(run.experiment.method, run.tokenizer)
     assert isinstance(method, LaDiR)
     prompts = encode_prompts(method, Codec(run.tokenizer, task.format, run.experiment.chat), examples)
     generate = jax.jit(functools.partial(method.generate, record=("solver",)))

@@ -142,23 +142,19 @@ def positions_used(batch: Batch) -> int:
 
 
 def check_lengths(experiment: Experiment, codec: Codec, plan: Plan, examples: Sequence[Example], split: str) -> None:
-    """Encode the `examples` with the longest parts, and those with the most and the fewest steps, for every stage, so that one
-    that does not fit is found before anything is compiled.
+    """Encode the `examples` that are largest in one of the method's `sizes`, for every stage, so that one that does not fit is
+    found before anything is compiled.
 
     Raises ValueError, of the tokenizer for an unknown word or of the method for a length, naming the split."""
     try:
-        question = np.array([len(codec.question(example)) for example in examples])
-        steps = [[len(step) for step in codec.steps(example)] for example in examples]
-        text = np.array([sum(of) + len(codec.answer(e)) for of, e in zip(steps, examples, strict=True)])
-        step, number = (np.array([function(of) for of in steps]) for function in (_longest, len))
-        longest = sorted(
-            {i for sizes in (question, text, step, number, -number) for i in np.argsort(sizes)[-4:].tolist()}
-        )
+        sizes = [
+            experiment.method.sizes(
+                len(codec.question(example)), [len(step) for step in codec.steps(example)], len(codec.answer(example))
+            )
+            for example in examples
+        ]
+        longest = sorted({i for column in np.array(sizes).T for i in np.argsort(column)[-4:].tolist()})
         for stage in {span.stage.index for span in plan.spans}:
             experiment.method.encode([examples[i] for i in longest], codec, stage, generator(experiment.seed, _VALID))
     except ValueError as error:
         raise ValueError(f"{split} split of {type(experiment.task).__name__}: {error}") from error
-
-
-def _longest(sizes: Sequence[int]) -> int:
-    return max(sizes, default=0)

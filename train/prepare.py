@@ -165,12 +165,19 @@ def _check_model(experiment: Experiment, tokenizer: Tokenizer) -> None:
             f"task {experiment.task.name} hides the question from the answer, but method.answer_sees_question is True in "
             f"{method.name}: set it to False (Coconut and Pause have this field)"
         )
+    if "^backbone/" in method.untrained and experiment.pretrained is None and experiment.init_from is None:
+        raise ValueError(
+            f"method.train_decoder=False: the backbone of {method.name} stays as it starts, and without `pretrained` or "
+            "init_from that is at random; name one of them, or set True"
+        )
     for field in ("question", "text"):
         if getattr(lengths, field) < 1:
             raise ValueError(f"method.lengths.{field}={getattr(lengths, field)}: must be at least 1")
     what = f"method.lengths.question={lengths.question}, {method.max_thoughts()} thoughts and "
     check_positions(
-        backbone, lengths.question + method.max_thoughts() + lengths.text, what + f"method.lengths.text={lengths.text}"
+        backbone,
+        method.positions(lengths.question, method.max_thoughts()),
+        what + f"method.lengths.text={lengths.text}",
     )
 
 

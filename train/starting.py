@@ -19,19 +19,13 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh, NamedSharding
 
 from latentjax.backbone import decoder, pretrained, vocabulary
-from latentjax.backbone.config import BackboneConfig
+from latentjax.backbone.config import FREE_FIELDS, BackboneConfig
 from latentjax.methods.base import Method
 from latentjax.sharding import param_shardings
 from latentjax.tokenizers import PretrainedTokenizer, Tokenizer, load_tokenizer
 from train import state as train_state
 from train.config import Experiment, Pretrained, differences, load_config, to_json
 from train.run import CONFIG, TOKENIZER, parse_source, run_params
-
-# Fields of a backbone in which a run may differ from the folder that it starts from: how it trains, not what it computes.
-_FREE = (
-    "init", "init_std", "embedding_dropout", "attention_dropout", "residual_dropout", "dtype", "param_dtype",
-    "scan_layers", "remat", "platform", "lora",
-)  # fmt: skip
 
 
 def run_tokenizer(experiment: Experiment, run: pathlib.Path | None = None) -> Tokenizer:
@@ -101,6 +95,7 @@ def check_start(experiment: Experiment, tokenizer: Tokenizer | None, params: Any
                     f"backbone with it (init_from={source}); leave `pretrained` out"
                 )
         elif type(theirs.method) is type(experiment.method):
+            experiment.method.check_source(None, theirs.method)
             for part in parts:  # they come along
                 _check_part(experiment, part, source, theirs.method.parts()[part], tokenizer)
         elif parts:
@@ -139,7 +134,9 @@ def _sources(experiment: Experiment) -> list[tuple[str | None, pathlib.Path, int
 
 # Fields of a part in which the run that trained it may differ from what the method says of it: how it was trained and how it
 # generates, and fields of its backbones that say how they are stored and compiled.
-_TRAINING = ("steps", "epochs", "draws", "null_probability", "rollout_steps", "sampler", "stop", "group")
+_TRAINING = (
+    "steps", "epochs", "draws", "null_probability", "rollout_steps", "sampler", "stop", "group", "times", "layout",
+)  # fmt: skip
 _STORED = ("param_dtype", "scan_layers", "remat", "platform")
 
 
@@ -156,6 +153,7 @@ def _check_part(
             f"init_from: {source} is not the {role} that {experiment.method.name} expects (there -> here):\n  "
             + "\n  ".join(different)
         )
+    experiment.method.check_source(role, theirs)
     if tokenizer is not None and not tokenizer.same_as(load_tokenizer(source / TOKENIZER)):
         raise ValueError(
             f"init_from: {source} was trained with another tokenizer, so its tokens are not this run's; train the {role} "
@@ -186,7 +184,7 @@ def _check_backbone(source: Pretrained, experiment: Experiment, tokenizer: Token
     different = [
         f"method.backbone.{name}: {found[name]!r} -> {right[name]!r}"
         for name in found
-        if found[name] != right[name] and name not in _FREE
+        if found[name] != right[name] and name not in FREE_FIELDS
     ]
     if different:
         raise ValueError(

@@ -64,11 +64,13 @@ class Validator:
         return record
 
     def _generate(self, params: Any, thoughts: int | None) -> dict[str, float]:
-        from eval.evaluate import evaluate_split  # the evaluation program reads runs, which this package makes
+        # The evaluation program reads runs, which this package makes.
+        from eval.evaluate import evaluate_split
+        from eval.samples import grouped
 
         ways = self._parallel.ways
         result = evaluate_split(
-            self._experiment.method,
+            grouped(self._experiment.method, 1),
             params,
             self._experiment.task,
             self._tokenizer,

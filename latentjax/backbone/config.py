@@ -54,6 +54,14 @@ class Lora:
         return self.alpha / (self.rank**0.5 if self.rslora else self.rank)
 
 
+# Fields of a `BackboneConfig` that say how a model is trained, stored and compiled, not which one it is: two that differ in
+# these alone can have the same weights.
+FREE_FIELDS = (
+    "init", "init_std", "embedding_dropout", "attention_dropout", "residual_dropout", "dtype", "param_dtype",
+    "scan_layers", "remat", "platform", "lora",
+)  # fmt: skip
+
+
 @dataclasses.dataclass(frozen=True)
 class BackboneConfig:
     """Shape and numerics of the decoder. B batch, T positions, D `width`, H `heads`, L `layers`, V `vocab_size`."""

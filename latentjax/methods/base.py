@@ -167,6 +167,19 @@ class Method:
         """Think and answer, batched and jittable. `thoughts` overrides the number of thoughts (one for all or one a row)."""
         raise NotImplementedError
 
+    def sizes(self, question: int, steps: Sequence[int], answer: int) -> tuple[int, ...]:
+        """From the token counts of an example's parts: numbers whose largest values over a data set decide whether it fits."""
+        return question, sum(steps) + answer, answer, max(steps, default=0), len(steps), -len(steps)
+
+    def positions(self, question: Any, thoughts: Any) -> Any:
+        """How many of the backbone's positions a problem of so many question tokens and thoughts takes (numbers or arrays)."""
+        return question + thoughts + self.lengths.text
+
+    def check_source(self, role: str | None, source: "Method") -> None:
+        """Raise ValueError if a run of `source` cannot be this method's part `role` (None: a run of the same method to go on
+        from), for reasons that differing fields of the part do not show."""
+        del role, source
+
     def max_thoughts(self) -> int:
         """The number of thought slots of a batch, the largest `thoughts` that the method was trained for."""
         return 0

@@ -89,6 +89,15 @@ class LaDiR(Method):
                 raise ValueError(f"method.{field}={getattr(self, field)}: must not be negative")
         if not 0 <= self.null_probability < 1:
             raise ValueError(f"method.null_probability={self.null_probability}: a probability lies in [0, 1)")
+        if self.sampler.guidance != 1 and not self.null_probability:
+            raise ValueError(
+                f"method.sampler.guidance={self.sampler.guidance}: guides away from the null question, which null_probability=0 "
+                "never trains; set guidance=1, or a probability"
+            )
+        if self.rollout_steps and not self.answer_weight:
+            raise ValueError(
+                f"method.rollout_steps={self.rollout_steps}: rollouts are made for the loss on the answer; set answer_weight"
+            )
         for field, known in (
             ("prediction", ("velocity", "x", "noise", "v")), ("layout", ("all_blocks", "random_block")),
             ("stop", ("learned", "budget")), ("answer_from", ("head", "decoder")),
@@ -107,9 +116,9 @@ class LaDiR(Method):
                 f"method.vae.latent_width={self.vae.latent_width}: must not exceed backbone.width={self.backbone.width}, "
                 f"or the reasoner cannot carry a latent"
             )
-        lengths, framed = self.lengths, self.vae.max_blocks * self.frame
+        lengths = self.lengths
         decoder.check_positions(
-            self.backbone, lengths.question + framed + lengths.text,
+            self.backbone, self.positions(lengths.question, self.max_thoughts()),
             f"method.lengths.question={lengths.question}, {self.vae.max_blocks} blocks of {self.frame} with their markers "
             f"and method.lengths.text={lengths.text}",
         )  # fmt: skip
@@ -124,6 +133,21 @@ class LaDiR(Method):
     def frame(self) -> int:
         """Positions of a finished block: its latents between two markers."""
         return self.vae.latents + 2
+
+    def sizes(self, question, steps, answer):
+        return self.vae.sizes(question, steps, answer)
+
+    def positions(self, question, thoughts):
+        return question + thoughts // self.vae.latents * self.frame + self.lengths.text
+
+    def check_source(self, role, source):
+        if role is None and isinstance(source, LaDiR):
+            for field in ("prediction", "normalise"):
+                if (theirs := getattr(source, field)) != getattr(self, field):
+                    raise ValueError(
+                        f"method.{field}={getattr(self, field)!r}: the run that this one goes on from was trained with "
+                        f"{theirs!r}; its head and its latents are of that kind"
+                    )
 
     def special_tokens(self):
         return (ANSWER,)
@@ -173,12 +197,12 @@ class LaDiR(Method):
 
     def with_measured(self, params, sums):
         mean, std = vae.statistics(sums)
-        active, total = int(vae.active_units(std)), std.size
+        active, total = int(vae.active_units(std, self.vae.noise)), std.size
         if active < max(1, total // 100):
             raise ValueError(
                 f"the VAE has collapsed: {active} of {total} latent units vary over {int(sums.count)} blocks (variance of "
-                f"at least {vae.ACTIVE_VARIANCE}), so there is nothing to reason with. Train it with a smaller beta, "
-                "free_bits, or more noise"
+                f"at least {vae.ACTIVE_VARIANCE * max(1.0, self.vae.noise**2):.3g}; its noise has {self.vae.noise**2:.3g}), so "
+                "there is nothing to reason with. Train it with a smaller beta or free_bits"
             )
         # A unit that never moves is left as it is: its noise would be blown up.
         latents = {"mean": mean, "std": jnp.where(std**2 >= vae.ACTIVE_VARIANCE, std, 1.0)}
@@ -273,6 +297,14 @@ class LaDiR(Method):
     def span(self) -> Float[Array, ""] | None:
         """The length of the sampler's steps, for a student that is told."""
         return None
+
+    def solve(
+        self, velocity: flow.Velocity, noise: Float[Array, "B L Z"], times: Float[Array, "T"], key: Key[Array, ""], *,
+        remat: bool, record: bool,
+    ) -> tuple[Array, Array | None]:  # fmt: skip
+        """A block from noise, and all states if `record`; `key` drew the noise."""
+        del key
+        return flow.solve(velocity, noise, times, self.sampler.solver, remat=remat, record=record)
 
     def velocity(
         self,
@@ -513,7 +545,7 @@ class LaDiR(Method):
             noise = sampler.noise_scale * jax.random.normal(key, (size, latents, self.vae.latent_width))
 
             def solve():
-                return flow.solve(velocity, noise, times, sampler.solver, remat=remat, record=record)
+                return self.solve(velocity, noise, times, key, remat=remat, record=record)
 
             def skip():
                 return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(solve))
@@ -549,8 +581,9 @@ class LaDiR(Method):
         if self.answer_from == "decoder":
             return self._decoded(params, prompts, key, common, **options)
         return generate(
-            backbone, prompts.question, prompts.question_mask, key, max_new_tokens=self.lengths.text, ids=prompts.ids,
-            end_marker=prompts.ids["answer"], **common, **options,
+            backbone, prompts.question, prompts.question_mask, key, ids=prompts.ids, end_marker=prompts.ids["answer"],
+            max_new_tokens=self.lengths.text - 1,  # the marker is one of the text's tokens
+            **common, **options,
         )  # fmt: skip
 
     def _decoded(self, params, prompts, key, common, *, sampling=Sampling(), intervention=None, prefix=None):

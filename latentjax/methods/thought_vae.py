@@ -5,9 +5,8 @@ The mathematics is in latentjax/thoughts/vae.py. Here: which text becomes a bloc
 
     mean over blocks of  [ mean over tokens of -log p(token | z, tokens before) + beta sum_l max(0, KL_l - free_bits) / (L Z) ]
 
-with KL_l the divergence of latent vector l, so `beta` is per element of the block, as in the released code (1e-5), where the
-paper states a sum. In training the
-encoder's tokens are replaced with probability `substitution` (paper: 0.3), the decoder's targets stay; and noise of scale
+with KL_l the divergence of latent vector l, so `beta` is per element of the block, as in the released code (1e-5). In training
+the encoder's tokens are replaced with probability `substitution` (paper: 0.3), the decoder's targets stay; and noise of scale
 `noise` (paper: 3, released code: 0.3), in units of the latents themselves, is added to z.
 
 Deviations: the released encoder reads the question before the chain (here `encoder_sees_question`, off: the more of the
@@ -24,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from latentjax.backbone.config import BackboneConfig
+from latentjax.backbone.config import FREE_FIELDS, BackboneConfig
 from latentjax.backbone.decoder import check_positions
 from latentjax.methods.base import Method, Stage
 from latentjax.methods.layout import Row, batch_prompts, batch_rows
@@ -42,7 +41,7 @@ class ThoughtVAE(Method):
 
     steps: int | None = None  # length of the training; exactly one of `steps` and `epochs`
     epochs: int | None = None
-    encoder: BackboneConfig | None = None  # None: as the decoder
+    encoder: BackboneConfig | None = None  # None: as the decoder; another model than that starts from random weights
     latents: int = 4  # vectors of a block
     latent_width: int = 512
     steps_per_block: int | None = 1  # steps of the chain that share a block; None: the whole chain is one block
@@ -71,6 +70,10 @@ class ThoughtVAE(Method):
                 raise ValueError(f"method.{field}={getattr(self, field)}: must not be negative")
         if not 0.0 <= self.substitution < 1.0:
             raise ValueError(f"method.substitution={self.substitution}: a probability lies in [0, 1)")
+        if self.free_bits and self.posterior == "deterministic":
+            raise ValueError(
+                f"method.free_bits={self.free_bits}: posterior='deterministic' has no divergence to leave free"
+            )
         if self.posterior not in ("gaussian", "sigma", "deterministic"):
             raise ValueError(f"method.posterior={self.posterior!r}: must be gaussian, sigma or deterministic")
         for field in ("vocab_size", "width"):
@@ -92,6 +95,15 @@ class ThoughtVAE(Method):
     def untrained(self):
         return () if self.train_decoder else ("^backbone/",)
 
+    def sizes(self, question, steps, answer):
+        size = self.steps_per_block or max(len(steps), 1)
+        blocks = [sum(steps[i : i + size]) for i in range(0, len(steps), size)]
+        return (*super().sizes(question, steps, answer), max(blocks, default=0))
+
+    def positions(self, question, thoughts):
+        """One block at a time is read and written, whatever the number of blocks; checked when the method is made."""
+        return 0 * (question + thoughts) + self.lengths.text + self.latents + 1
+
     def special_tokens(self):
         return (ANSWER,)
 
@@ -102,13 +114,14 @@ class ThoughtVAE(Method):
         return vae.init(key, self.encoder_config, self.backbone.width, self.latents, self.latent_width)
 
     def adapt(self, params, published):
-        """With published weights the encoder starts from them as well."""
-        if self.encoder is not None and self.encoder != self.backbone:
+        """With published weights the encoder starts from them as well, unless it is another model."""
+        same = {field: getattr(self.backbone, field) for field in FREE_FIELDS}
+        if dataclasses.replace(self.encoder_config, **same) != self.backbone:
             return params
-        # Leaf by leaf: adapters, if there are any, are not published.
-        theirs = flatten_dict(jax.tree.map(jnp.copy, published["backbone"]))
-        encoder = unflatten_dict(flatten_dict(params["method"]["encoder"]) | theirs)
-        return params | {"method": params["method"] | {"encoder": encoder}}
+        # Leaf by leaf: adapters, if there are any, are not published. In the encoder's own precision.
+        own = flatten_dict(params["method"]["encoder"])
+        theirs = {name: jnp.array(x, own[name].dtype) for name, x in flatten_dict(published["backbone"]).items()}
+        return params | {"method": params["method"] | {"encoder": unflatten_dict(own | theirs)}}
 
     def blocks(self, examples: Sequence, codec) -> list[list[list[int]]]:
         """Token ids of each example's blocks, each ending in the end of sequence.
@@ -166,7 +179,7 @@ class ThoughtVAE(Method):
 
     def posterior_of(self, own, tokens, mask, question, question_mask, key=None) -> vae.Posterior:
         """The posterior of the blocks `tokens` [B * N, T] of B questions, `own` being params["method"]. `key` draws the replaced
-        tokens of training."""
+        tokens of training, and its dropout."""
         read = mask & jnp.pad(mask[:, 1:], ((0, 0), (0, 1)))  # the encoder does not see the end of sequence
         if self.encoder_sees_question:
             before = [jnp.repeat(x, self.max_blocks, axis=0) for x in (question, question_mask)]
@@ -174,7 +187,8 @@ class ThoughtVAE(Method):
         if key is not None and self.substitution:
             vocabulary = self.backbone.vocab_used or self.backbone.vocab_size
             tokens = vae.substitute(tokens, key, self.substitution, vocabulary)
-        return vae.posterior(Backbone(self.encoder_config, own["encoder"]), own, tokens, read)
+        dropout_key = None if key is None else jax.random.fold_in(key, 1)
+        return vae.posterior(Backbone(self.encoder_config, own["encoder"]), own, tokens, read, dropout_key)
 
     def loss(self, params, batch, key, ctx, *, train):
         token_key, sample_key, noise_key = jax.random.split(key, 3)
@@ -188,7 +202,10 @@ class ThoughtVAE(Method):
         if train:
             z = vae.sample(q, sample_key, self.posterior, self.sigma)
             z = z + self.noise * jax.random.normal(noise_key, z.shape)
-        logits = vae.token_logits(Backbone(self.backbone, params["backbone"]), params["method"], z, tokens, mask)
+        decoder = Backbone(self.backbone, params["backbone"])
+        # The frozen decoder is a published model as it is used: without dropout.
+        dropout_key = jax.random.fold_in(key, 3) if train and self.train_decoder else None
+        logits = vae.token_logits(decoder, params["method"], z, tokens, mask, dropout_key)
         log_probs, right = log_probabilities(logits, tokens)
         right &= mask
         share = jnp.where(
@@ -204,14 +221,20 @@ class ThoughtVAE(Method):
         reconstruction = mean(-(log_probs * share).sum(axis=1))
         std = vae.statistics(vae.moments(q.mean, valid))[1]
         loss = reconstruction + self.beta * mean(free)
-        return loss, {
+        metrics = {}
+        if not train:
+            # A decoder that does not read the latents does as well with those of another block.
+            exchanged = vae.token_logits(decoder, params["method"], z[vae.others(valid)], tokens, mask)
+            wrong = mean(-(log_probabilities(exchanged, tokens)[0] * share).sum(axis=1))
+            metrics["shuffle_gap"] = wrong - reconstruction  # nats a token
+        return loss, metrics | {
             "loss": loss,
             "token_accuracy": mean((right * share).sum(axis=1)),
             "targets": targets,
             "reconstruction": reconstruction,
             "exact": mean((right == mask).all(axis=1)),  # blocks that greedy decoding gives back token for token
             "divergence": mean(charge.mean(axis=1)),  # of one latent vector; nats for posterior "gaussian"
-            "active_units": vae.active_units(std).astype(jnp.float32),
+            "active_units": vae.active_units(std, self.noise).astype(jnp.float32),
             "latent_std": jnp.sqrt((std**2).mean()),
         }
 

@@ -83,6 +83,11 @@ class Countdown(Task):
         if split == "game24_test":
             if self.numbers != 4:
                 raise ValueError(f"split='game24_test': the game of 24 has 4 numbers, Countdown.numbers={self.numbers}")
+            if self.largest < _LARGEST_INPUT:
+                raise ValueError(
+                    f"split='game24_test': with Countdown.largest={self.largest} some of its puzzles are training problems; "
+                    "only the published training file has none of them"
+                )
             return first(_games_of_24(), count, split)
         if split == "test":
             if self.largest < _LARGEST_INPUT:

@@ -4,7 +4,8 @@ Equations (line format of arXiv:2405.14838): a line is `question||<<a*b=c>> <<..
 "valid" (500) and "test" (1,319) are the released files of GSM8K-Aug. Its training file (385,620 lines, Git LFS in
 da03/Internalize_CoT_Step_by_Step, data/gsm8k/train.txt) is too large to fetch unasked: download it and give its path as
 `train_file`. The default, gsm8k_train_equations.txt, has the 6,884 questions of the original training set that carry
-annotations.
+annotations. In 6 problems of "valid" (the first is number 89) and 18 of "test" the released file has no step, of which a
+VAE of thoughts makes no block: `valid_examples` of 89 or fewer, or sentences.
 
 Sentences: the solutions of the original release (7,473 and 1,319) as they were written, one line a step, mostly one sentence,
 without the `<<..>>` annotations of a calculator in them; 2 to 9 steps, and once 11 in the test. The release has no validation

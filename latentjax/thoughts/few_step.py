@@ -3,15 +3,15 @@
 Pure functions over any network; times and path are those of `flow` (t = 0 clean, t = 1 noise, u = eps - z_0).
 
     PCM       Phased Consistency Models, arXiv 2405.18407: every point of a phase is mapped to the phase's lower edge
-    LCM, TCD  arXiv 2310.04378 and 2402.19159: the same target with another end, and TCD's re-noising between jumps
+    LCM       arXiv 2310.04378: the same with one phase, sampled with fresh noise between jumps
     Shortcut  arXiv 2410.12557: one network for all step sizes, a step being two half steps
     MeanFlow  arXiv 2505.13447: the network is the average velocity u(z, r, t) between r and t
 
 Deviations:
 - PCM's released code takes its training edges from the clean end and its sampling edges from the noise end, one rounding apart
   where the phases do not divide the steps, and stops at the last time above 0. Here both use the same edges and end at 0;
-- LCM and TCD are written for diffusion schedules; this is their flow form, in which c_skip and c_out are not needed, as a jump
-  of length 0 is the identity;
+- LCM is written for diffusion schedules; this is its flow form, in which c_skip and c_out are not needed, as a jump of length 0
+  is the identity;
 - the shortcut paper's time runs from noise to data and its velocity is z_0 - eps; both are turned round here.
 
 A target never has a gradient. Where latents are guided, the guidance belongs into the teacher that is passed in.
@@ -25,15 +25,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Key
 
-from latentjax.thoughts.flow import Velocity, spread
+from latentjax.thoughts.flow import Velocity, interpolate, spread
 
 
 def jump(
     z: Float[Array, "*shape"], velocity: Float[Array, "*shape"], t: Float[Array, "..."], end: Float[Array, "..."]
 ) -> Float[Array, "*shape"]:
-    """z_s = z_t - (t-s) u: one Euler step (TCD's first-order parametrisation in its flow form) from t to s = `end`."""
+    """z_s = z_t - (t-s) u: one Euler step from t to s = `end`."""
     return z - spread(t - end, z) * velocity
 
 
@@ -63,9 +63,9 @@ def pcm_target(
 ) -> Float[Array, "*shape"]:
     """sg f(z', after, edge), with z' one step of the teacher from z at t to `after` and f the student's jump to `edge`.
 
-    The loss compares it, by `pseudo_huber`, with `jump(z, student(z, t), t, edge)`; t > after >= edge. With edge = 0 this is LCM,
-    with a random edge <= after, which the student is then told, TCD. The student in the target is a copy of the trained
-    one (PCM) or its moving average (LCM). The teacher's velocity is guided: PCM's c + 3 (c - u) is `guide` with scale 4."""
+    The loss compares it, by `pseudo_huber`, with `jump(z, student(z, t), t, edge)`; t > after >= edge. With edge = 0 this is LCM.
+    The student in the target is a copy of the trained one (PCM) or its moving average (LCM). The teacher's velocity is guided:
+    PCM's c + 3 (c - u) is `guide` with scale 4."""
     moved = jump(z, teacher(z, t), t, after)
     return jax.lax.stop_gradient(jump(moved, student(moved, after), after, edge))
 
@@ -77,16 +77,26 @@ def pseudo_huber(error: Float[Array, "*shape"], c: float | int = 0.001) -> Float
     return error**2 / (jnp.sqrt(error**2 + c**2) + c)  # the same, without a difference of near-equal numbers
 
 
-def renoising(
-    start: Float[Array, "*shape"], end: Float[Array, "*shape"]
-) -> tuple[Float[Array, "*shape"], Float[Array, "*shape"]]:
-    """a = (1-t)/(1-s) and b = sqrt(t² - a² s²): with fresh noise xi, a z_s + b xi has the distribution of z_t, for s <= t.
+def resample(
+    velocity: Velocity,
+    z: Float[Array, "*shape"],
+    times: Float[Array, "T"],
+    key: Key[Array, ""],
+    *,
+    record: bool = False,
+) -> tuple[Float[Array, "*shape"], Float[Array, "T *shape"] | None]:
+    """LCM's sampler, in the place of `flow.solve`: jump to t = 0, and from there with fresh noise up to the next of `times`.
 
-    TCD (strategic stochastic sampling) jumps to s = (1-gamma) t and diffuses up to t, with gamma in [0, 1], 0.3 by default: 0 is
-    deterministic, 1 is LCM's sampler. The last jump, to t = 0, has no noise."""
-    at_noise = start >= 1
-    a = jnp.where(at_noise, 1, (1 - end) / jnp.where(at_noise, 1, 1 - start))
-    return a, jnp.sqrt(jnp.maximum(end**2 - (a * start) ** 2, 0))
+    The last of `times` is 0 and gets no noise. For a network whose jumps end at 0 wherever they begin (one phase)."""
+
+    def step(z: Any, given: Any) -> tuple[Any, Any]:
+        t, after, key = given
+        noise = jax.random.normal(key, z.shape, z.dtype)
+        new = interpolate(jump(z, velocity(z, t), t, jnp.zeros_like(t)), noise, after)
+        return new, new if record else None
+
+    last, states = jax.lax.scan(step, z, (times[:-1], times[1:], jax.random.split(key, len(times) - 1)))
+    return last, jnp.concatenate([z[None], states]) if record else None
 
 
 def shortcut_target(
@@ -120,16 +130,23 @@ def meanflow_target(
     velocity: Float[Array, "*shape"],
     r: Float[Array, "*times"],
     t: Float[Array, "*times"],
-) -> tuple[Float[Array, "*shape"], Float[Array, "*shape"]]:
-    """The network's u = average(z, r, t), and what it is trained to be: sg(v - (t-r) du/dt), along (dz, dr, dt) = (v, 0, 1).
+    width: float | int = 0.0,
+) -> Float[Array, "*shape"]:
+    """What the network's u = average(z, r, t) is trained to be: sg(v - (t-r) du/dt), along (dz, dr, dt) = (v, 0, 1).
 
     velocity  eps - z_0 at z = z_t, or its guided form. For r = t the target is the velocity itself: flow matching
     r, t      r <= t. Published: both sigmoid(N(-0.4, 1)), ordered, and r = t in 75 % of the rows
+    width     0: du/dt is a Jacobian-vector product, as published. Else the slope between t - width and t + width, or the ends of
+              [r, 1] where those are nearer: for networks that ripple in t, and for kernels without forward-mode derivatives
 
     One step samples z_0 = z_1 - u(z_1, 0, 1)."""
-    tangents = (velocity, jnp.zeros_like(r), jnp.ones_like(t))
-    prediction, change = jax.jvp(average, (z, r, t), tangents)
-    return prediction, jax.lax.stop_gradient(velocity - spread(t - r, z) * change)
+    if width:
+        before, after = jnp.maximum(t - width, r), jnp.minimum(t + width, 1.0)
+        ends = [average(z + spread(at - t, z) * velocity, r, at) for at in (before, after)]
+        change = (ends[1] - ends[0]) / spread(jnp.maximum(after - before, 1e-6), z)
+    else:
+        change = jax.jvp(average, (z, r, t), (velocity, jnp.zeros_like(r), jnp.ones_like(t)))[1]
+    return jax.lax.stop_gradient(velocity - spread(t - r, z) * change)
 
 
 def meanflow_loss(
@@ -138,6 +155,8 @@ def meanflow_loss(
     power: float | int = 1.0,
     offset: float | int = 0.01,
 ) -> Float[Array, "B"]:
-    """e / sg(e + offset)^power per row, e being the squared error summed over the row: at power 1 rows count nearly alike."""
+    """e / sg(e + offset)^power per row, e being the squared error summed over the row: at power 1 (published) rows count nearly
+    alike. Where e varies much from row to row, as with latents of few numbers, that is the gradient of log(e + offset), whose
+    optimum is nearer to a mode than to the mean that a flow needs; power 0 is the squared error."""
     error = jnp.sum((prediction - wanted) ** 2, axis=tuple(range(1, prediction.ndim)))
     return error / jax.lax.stop_gradient(error + offset) ** power

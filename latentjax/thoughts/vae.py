@@ -67,15 +67,15 @@ def linear(params: Any, x: Float[Array, "*B I"]) -> Float[Array, "*B O"]:
 
 
 def posterior(
-    encoder: Backbone, params: Any, tokens: Int[Array, "R T"], mask: Bool[Array, "R T"]
+    encoder: Backbone, params: Any, tokens: Int[Array, "R T"], mask: Bool[Array, "R T"], key: Key[Array, ""] | None = None
 ) -> Posterior:  # fmt: skip
-    """The posterior of right-padded texts."""
+    """The posterior of right-padded texts; `key` turns dropout on."""
     rows, latents = tokens.shape[0], params["queries"].shape[0]
     queries = linear(params["decompress"], params["queries"])
     text = encoder.embed(tokens)
     inputs = jnp.concatenate([text, jnp.broadcast_to(queries, (rows, *queries.shape)).astype(text.dtype)], axis=1)
     valid = jnp.concatenate([mask, jnp.ones((rows, latents), bool)], axis=1)
-    hidden = decoder.apply(encoder.config, encoder.params, inputs, valid).hidden[:, -latents:]
+    hidden = decoder.apply(encoder.config, encoder.params, inputs, valid, key=key).hidden[:, -latents:]
     return Posterior(linear(params["mean"], hidden), linear(params["log_variance"], hidden))
 
 
@@ -121,13 +121,14 @@ def beginning(backbone: Backbone, params: Any, latents: Float[Array, "R L Z"]) -
 
 
 def token_logits(
-    backbone: Backbone, params: Any, latents: Float[Array, "R L Z"], tokens: Int[Array, "R T"], mask: Bool[Array, "R T"]
-) -> Float[Array, "R T V"]:
-    """Logits of each token of right-padded texts given the latents and the tokens before it."""
+    backbone: Backbone, params: Any, latents: Float[Array, "R L Z"], tokens: Int[Array, "R T"], mask: Bool[Array, "R T"],
+    key: Key[Array, ""] | None = None,
+) -> Float[Array, "R T V"]:  # fmt: skip
+    """Logits of each token of right-padded texts given the latents and the tokens before it; `key` turns dropout on."""
     head = beginning(backbone, params, latents)
     inputs = jnp.concatenate([head, backbone.embed(tokens[:, :-1])], axis=1)
     valid = jnp.concatenate([jnp.ones(head.shape[:2], bool), mask[:, :-1]], axis=1)
-    hidden = decoder.apply(backbone.config, backbone.params, inputs, valid).hidden
+    hidden = decoder.apply(backbone.config, backbone.params, inputs, valid, key=key).hidden
     return backbone.head(hidden[:, head.shape[1] - 1 :])
 
 
@@ -175,6 +176,13 @@ def statistics(sums: Moments) -> tuple[Float[Array, "L Z"], Float[Array, "L Z"]]
     return mean, jnp.sqrt(jnp.maximum(sums.squares / count - mean**2, 0.0))
 
 
-def active_units(std: Float[Array, "L Z"]) -> Int[Array, ""]:
-    """How many units' means vary with the text: variance of at least `ACTIVE_VARIANCE`."""
-    return (std**2 >= ACTIVE_VARIANCE).sum()
+def active_units(std: Float[Array, "L Z"], noise: float | int = 0.0) -> Int[Array, ""]:
+    """How many units' means vary with the text: variance of at least `ACTIVE_VARIANCE`, and of as large a share of that of the
+    training's `noise`, under which the decoder cannot see a smaller one."""
+    return (std**2 >= ACTIVE_VARIANCE * max(1.0, noise**2)).sum()
+
+
+def others(valid: Bool[Array, "R"]) -> Int[Array, "R"]:
+    """For each valid row the valid row before it, for the first the last: whose latents to give it in their stead."""
+    count = jnp.maximum(valid.sum(), 1)
+    return jnp.argsort(~valid, stable=True)[(jnp.cumsum(valid) - 2) % count]

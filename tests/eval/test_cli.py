@@ -167,6 +167,7 @@ def test_only_splits_named_test_are_logged(tmp_path):
         (["--count", "3", "--temperature", "-1"], r"temperature=-1.0"),
         (["--count", "3", "--top-p", "0"], r"top_p=0.0"),
         (["--count", "3", "--sampler.steps", "4"], r"sampler=\{'steps': 4\}: Known has no sampler"),
+        (["--count", "3", "--sampler.repulsion", "0.3"], r"sampler\.repulsion=0\.3: .*give --samples"),
         (["--count", "3", "--oracle-blocks", "1"], r"oracle_blocks=1: Known has no encoder .*; LaDiR has"),
         (["elsewhere", "--count", "3"], r"elsewhere: is not a run directory"),
     ],

@@ -1,13 +1,16 @@
 """evaluate_split against a method whose generations are known."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
 
-from eval.evaluate import encode_prompts, evaluate_split
+from eval.evaluate import encode_prompts, evaluate_split, within_vocabulary
 from latentjax.backbone import decoder
 from latentjax.backbone.config import tiny
-from latentjax.methods import Lengths, NoCoT
+from latentjax.methods import LaDiR, Lengths, NoCoT, ThoughtVAE
+from latentjax.methods.thought_vae import ANSWER
 from latentjax.metrics import wilson
 from latentjax.rollout import Intervention
 from latentjax.sampling import Sampling
@@ -98,6 +101,17 @@ def test_rows_that_no_token_has_are_never_generated():
         sampling=Sampling(temperature=1.0),
     )  # fmt: skip
     assert result.n == 40
+
+
+def test_the_vae_in_a_reasoner_writes_no_such_rows_either():
+    tokenizer = SuccessorList(hops=2).tokenizer((ANSWER,))
+    backbone = tiny(tokenizer.vocab_size + 6, width=16, layers=1, heads=2)
+    vae = ThoughtVAE(backbone, Lengths(12, 3), steps=1, latents=1, latent_width=4, max_blocks=2)
+    limited = within_vocabulary(LaDiR(backbone, Lengths(12, 3), vae=vae, steps=1), tokenizer)
+    assert limited.backbone.vocab_used == limited.vae.backbone.vocab_used == tokenizer.vocab_size
+    exact = dataclasses.replace(backbone, vocab_size=tokenizer.vocab_size)
+    method = LaDiR(exact, Lengths(12, 3), vae=dataclasses.replace(vae, backbone=exact), steps=1)
+    assert within_vocabulary(method, tokenizer) == method
 
 
 @pytest.mark.parametrize(

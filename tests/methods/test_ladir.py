@@ -277,6 +277,11 @@ def test_markers_and_null_question_are_as_large_as_embeddings(init, scale):
         ({"flow_weight": -1}, r"method\.flow_weight=-1: must not be negative"),
         ({"null_probability": 1}, r"method\.null_probability=1"),
         ({"answer_weight": 0}, r"method\.answer_weight=0: .*answer_from='decoder'"),
+        ({"null_probability": 0}, r"method\.sampler\.guidance=2\.0: .*null_probability=0 never trains; set guidance=1"),
+        (
+            {"rollout_steps": 2, "answer_weight": 0, "answer_from": "decoder"},
+            r"method\.rollout_steps=2: .*set answer_weight",
+        ),
         (
             {"vae": dataclasses.replace(VAE, latent_width=17)},
             r"method\.vae\.latent_width=17: must not exceed backbone\.width=16",

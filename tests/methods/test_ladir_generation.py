@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from eval.evaluate import encode_prompts
 from latentjax.backbone import decoder
 from latentjax.methods import FlowSampler
 from latentjax.rollout import Intervention, Kind, Prefix, frozen
@@ -35,6 +36,7 @@ from tests.methods.ladir_definition import (
     velocity,
 )
 from tests.quick import jit
+from train import state as train_state
 
 
 @functools.partial(jit, static_argnames=("method", "record"))
@@ -87,6 +89,20 @@ def test_generation_equals_the_definition_without_a_cache(guidance):
     noise = solver[:, :L, 0]
     assert noise.std() == pytest.approx(2**0.5, rel=0.5)
     assert (noise[0] != noise[1]).all()
+
+
+def test_generation_needs_the_positions_that_were_checked():
+    """Question, blocks with their markers, and the text, of which the answer's marker is the first token."""
+    needed = 7 + N * (L + 2) + 5
+    exact = dataclasses.replace(METHOD, backbone=dataclasses.replace(WIDE, max_positions=needed))
+    shapes = jax.eval_shape(lambda: train_state.init_params(exact, 0))
+    out = jax.eval_shape(lambda params: exact.generate(params, prompts(), jax.random.key(0)), shapes)
+    assert out.tokens.shape == (3, 7 + N * L + 5)
+    found = encode_prompts(exact, Case(METHOD).codec, WITH_STEPS)
+    asked, thoughts = found.question_mask.sum(axis=1), np.array([0, 2, 3, 4, 5, 6, 8])
+    assert (exact.positions(asked, thoughts) == asked + np.array([0, 4, 4, 8, 8, 12, 16]) + 5).all()
+    with pytest.raises(ValueError, match=f"need {needed} positions"):
+        dataclasses.replace(METHOD, backbone=dataclasses.replace(WIDE, max_positions=needed - 1))
 
 
 RECORD = ("kv", "inputs", "hidden", "last", "solver")

@@ -80,10 +80,10 @@ def test_the_gradient_of_the_second_stage_is_a_finite_difference():
 
     gradient, value = jit(jax.grad(score))(params()), jit(score)
     for part in ("latent_in", "time", "head_time", "head", "markers"):
-        direction = jax.tree.map(lambda x: jnp.asarray(rng.standard_normal(x.shape), jnp.float32), own()[part])
-        length = np.sqrt(sum(float((x**2).sum()) for x in jax.tree.leaves(direction)))
-
-        step = 3e-3 / length
+        # Along the gradient itself the slope is its length, far above the error of a difference.
+        slope = np.sqrt(sum(float((x**2).sum()) for x in jax.tree.leaves(gradient["method"][part])))
+        direction = jax.tree.map(lambda x, slope=slope: x / slope, gradient["method"][part])
+        step = 3e-3
         moved = [
             float(
                 value(
@@ -94,11 +94,8 @@ def test_the_gradient_of_the_second_stage_is_a_finite_difference():
             for s in (step, -step)
         ]
         difference = (moved[0] - moved[1]) / (2 * step)
-        product = sum(
-            jax.tree.leaves(jax.tree.map(lambda g, d: float((g * d).sum()), gradient["method"][part], direction))
-        )
-        assert abs(product) > 1e-2
-        assert product == pytest.approx(difference, rel=3e-2, abs=2e-2 * length), part
+        assert slope > 0.5, part
+        assert difference == pytest.approx(slope, rel=3e-2), part
 
 
 @pytest.mark.slow

@@ -124,6 +124,7 @@ def test_examples_that_do_not_fit_are_named(changes, steps, message):
         ({"steps_per_block": 0}, r"method\.steps_per_block=0"),
         ({"noise": -1}, r"method\.noise=-1: must not be negative"),
         ({"substitution": 1}, r"method\.substitution=1: a probability"),
+        ({"posterior": "deterministic", "free_bits": 1}, r"method\.free_bits=1: posterior='deterministic'"),
         ({"encoder": dataclasses.replace(BACKBONE, vocab_size=20)}, r"method\.encoder\.vocab_size=20: .*vocab_size=16"),
         ({"encoder": dataclasses.replace(BACKBONE, width=8)}, r"method\.encoder\.width=8: .*backbone\.width=16"),
         ({"lengths": Lengths(7, 38)}, r"decoder's method\.lengths\.text=38, latents=2 .* need 41 .*max_positions=40"),
@@ -145,6 +146,16 @@ def recomputed(method, params, examples, codec):
     """Loss and metrics block by block, from the posterior and the logits of each block alone (tests/thoughts/test_vae.py)."""
     parts, own = [], params["method"]
     vocabulary = np.arange(BACKBONE.vocab_size)
+
+    def logits_of(row, mean):
+        start = vae.linear(own["decompress"], jnp.concatenate([jnp.asarray(mean), own["start"]]))
+        x = jnp.concatenate([start, naive.embed(params["backbone"], row[:-1])])
+        hidden = naive.forward(BACKBONE, params["backbone"], x)
+        return np.asarray(naive.logits(BACKBONE, params["backbone"], hidden)[L:], np.float64)
+
+    def mean_nll(row, mean):
+        return np.mean([np.log(np.exp(at - at[i]).sum()) for at, i in zip(logits_of(row, mean), row, strict=True)])
+
     for rows in method.blocks(examples, codec):
         for row in rows:
             text = codec.tokenizer.decode(row[:-1])
@@ -152,24 +163,23 @@ def recomputed(method, params, examples, codec):
             x = jnp.concatenate([naive.embed(own["encoder"], row[:-1]), vae.linear(own["decompress"], own["queries"])])
             hidden = naive.forward(BACKBONE, own["encoder"], x)[-L:]
             mean, spread = (np.asarray(vae.linear(own[name], hidden)) for name in ("mean", "log_variance"))
-            start = vae.linear(own["decompress"], jnp.concatenate([jnp.asarray(mean), own["start"]]))
-            x = jnp.concatenate([start, naive.embed(params["backbone"], row[:-1])])
-            logits = np.asarray(
-                naive.logits(BACKBONE, params["backbone"], naive.forward(BACKBONE, params["backbone"], x))[L:],
-                np.float64,
-            )
-            nll = [np.log(np.exp(at - at[i]).sum()) for at, i in zip(logits, row, strict=True)]
+            logits = logits_of(row, mean)
             right = [vocabulary[at.argmax()] == i for at, i in zip(logits, row, strict=True)]
             charge = {
                 "gaussian": 0.5 * (mean**2 + np.exp(spread) - spread - 1).sum(axis=1),
                 "sigma": (mean**2).sum(axis=1),
                 "deterministic": np.zeros(L),
             }[method.posterior]
-            parts.append((np.mean(nll), charge, np.mean(right), all(right), mean))
+            parts.append(
+                (mean_nll(row, mean), charge, np.mean(right), all(right), mean, functools.partial(mean_nll, row))
+            )
     reconstruction = np.mean([part[0] for part in parts])
     free = np.mean([np.maximum(part[1] - method.free_bits, 0).sum() / (L * Z) for part in parts])
     std = np.std([part[4] for part in parts], axis=0)
+    # With the latents of the block before, of the first those of the last.
+    exchanged = [part[5](parts[number - 1][4]) for number, part in enumerate(parts)]
     return {
+        "shuffle_gap": np.mean(exchanged) - reconstruction,
         "loss": reconstruction + method.beta * free,
         "token_accuracy": np.mean([part[2] for part in parts]),
         "targets": len(parts),
@@ -211,26 +221,29 @@ def test_rows_without_targets_do_not_count():
     assert float(loss(METHOD, params(), batch)[0]) != float(value)
 
 
-def test_training_hides_tokens_from_the_encoder_and_adds_noise_behind_it(monkeypatch):
+@pytest.mark.parametrize("kind", ["deterministic", "gaussian", "sigma"])
+def test_training_hides_tokens_from_the_encoder_and_adds_noise_behind_it(monkeypatch, kind):
     """What the two transformers are given, and that validation gives them neither."""
-    case, seen = variant(posterior="deterministic", noise=0.5, substitution=0.4), {}
+    case, seen = variant(posterior=kind, free_bits=0, noise=0.5, substitution=0.4), {}
     batch = jax.device_put(case.batch(WITH_STEPS))
     text = batch.text.reshape(-1, 4)
     posterior, token_logits = vae.posterior, vae.token_logits
 
-    def encoder(backbone, own, tokens, mask):
-        q = posterior(backbone, own, tokens, mask)
-        seen.update(tokens=tokens, mask=mask, mean=q.mean)
+    def encoder(backbone, own, tokens, mask, key):
+        q = posterior(backbone, own, tokens, mask, key)
+        seen.update(tokens=tokens, mask=mask, mean=q.mean, std=jnp.exp(q.log_variance / 2))
         return q
 
-    def decoder(backbone, own, z, tokens, mask):
-        seen.update(noise=z - seen["mean"], targets=tokens)
-        return token_logits(backbone, own, z, tokens, mask)
+    def decoder(backbone, own, z, tokens, mask, key=None):
+        seen.setdefault("noise", z - seen["mean"])
+        seen.update(targets=tokens)
+        return token_logits(backbone, own, z, tokens, mask, key)
 
     @functools.partial(jit, static_argnums=0)
     def given(train):
+        seen.clear()
         case.method.loss(params(), batch, jax.random.key(0), {}, train=train)
-        return seen
+        return dict(seen)
 
     monkeypatch.setattr(vae, "posterior", encoder)
     monkeypatch.setattr(vae, "token_logits", decoder)
@@ -241,10 +254,38 @@ def test_training_hides_tokens_from_the_encoder_and_adds_noise_behind_it(monkeyp
     assert seen["mask"].sum() == np.asarray(batch.text_mask).sum() - ends.sum()
     # Of replaced tokens one in 16 is what it was.
     assert (seen["tokens"] != text).mean() == pytest.approx(0.4 * 15 / 16, abs=0.15)
-    assert seen["noise"].std() == pytest.approx(0.5, rel=0.2)
+    drawn = {"deterministic": 0.0, "gaussian": (seen["std"] ** 2).mean(), "sigma": 0.75**2}[kind]  # by the posterior
+    assert seen["noise"].std() == pytest.approx((0.5**2 + drawn) ** 0.5, rel=0.2)
     assert abs(seen["noise"].mean()) < 0.15
     seen = jax.device_get(given(False))
     assert (seen["tokens"] == text).all() and not seen["noise"].any()
+
+
+@pytest.mark.parametrize("part", ["encoder", "decoder"])
+def test_dropout_is_on_in_training_and_in_a_decoder_only_if_it_trains(part):
+    noisy = dataclasses.replace(BACKBONE, residual_dropout=0.5)
+    backbones = (
+        {"encoder": noisy, "backbone": BACKBONE} if part == "encoder" else {"encoder": BACKBONE, "backbone": noisy}
+    )
+    batch = jax.device_put(Case(METHOD).batch(WITH_STEPS))
+
+    @functools.partial(jit, static_argnums=(0, 1))
+    def value(train_decoder, train):
+        method = dataclasses.replace(
+            METHOD,
+            **backbones,
+            posterior="deterministic",
+            noise=0,
+            substitution=0,
+            free_bits=0,
+            train_decoder=train_decoder,
+        )
+        return method.loss(params(), batch, jax.random.key(0), {}, train=train)[0]
+
+    plain = float(value(True, False))
+    assert abs(float(value(True, True)) - plain) > 1e-3
+    frozen = float(value(False, True))
+    assert (abs(frozen - plain) < 1e-5) == (part == "decoder")
 
 
 def test_more_padding_and_scanned_layers_change_nothing():
@@ -350,6 +391,15 @@ def test_the_encoder_starts_from_published_weights_and_keeps_its_own_adapters():
     kernel, theirs = encoder["layers"]["query"], published["backbone"]["layers"]["query"]
     chex.assert_trees_all_equal(kernel["kernel"], theirs["kernel"])
     chex.assert_trees_all_equal(kernel["lora_a"], start["method"]["encoder"]["layers"]["query"]["lora_a"])
+    # Another precision, dropout or compilation is the same model.
+    stored = dataclasses.replace(BACKBONE, param_dtype="bfloat16", dtype="bfloat16", residual_dropout=0.1, remat="full")
+    case = variant(encoder=stored)
+    start = random_params(case.method)
+    start["method"]["encoder"] = jax.tree.map(lambda x: x.astype(jnp.bfloat16), start["method"]["encoder"])
+    encoder = case.method.adapt(start, published)["method"]["encoder"]
+    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), published["backbone"])
+    assert all(x.dtype == jnp.bfloat16 for x in jax.tree.leaves(encoder["layers"]["query"]))
+    chex.assert_trees_all_equal(encoder["layers"]["query"], half["layers"]["query"])
     smaller = variant(encoder=dataclasses.replace(BACKBONE, layers=1))
     start = random_params(smaller.method)
     chex.assert_trees_all_equal(smaller.method.adapt(start, published), start)  # another model: nothing to copy

@@ -97,7 +97,9 @@ def text_files():
     for folder, folders, names in os.walk(ROOT):
         folders[:] = sorted(set(folders) - OUTSIDE)
         for path in (pathlib.Path(folder, name) for name in sorted(names)):
-            if path.suffix in {".py", ".md", ".toml", ".yaml", ".lock", ".json", ""} and path.is_file():
+            # In a linked worktree .git is a file with a path in it.
+            kept = path.suffix in {".py", ".md", ".toml", ".yaml", ".lock", ".json", ""} and path.name != ".git"
+            if kept and path.is_file():
                 yield path
 
 

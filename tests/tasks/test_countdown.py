@@ -210,6 +210,8 @@ def test_games_of_24(published):
     assert not set(map(problem, examples)) & set(map(canonical, training_inputs(published, 4)))
     with pytest.raises(ValueError, match=r"game24_test.*Countdown\.numbers=3"):
         Countdown(3).examples("game24_test")
+    with pytest.raises(ValueError, match=r"game24_test.*largest=13 some of its puzzles are training problems"):
+        Countdown(4, largest=13).examples("game24_test")
 
 
 def grammatical(text):

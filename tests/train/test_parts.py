@@ -9,16 +9,22 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from eval.evaluate import encode_prompts
 from latentjax.backbone.config import tiny
 from latentjax.methods import FlowSampler, LaDiR, Lengths, ThoughtVAE
 from latentjax.methods.few_step_ladir import FewStepLaDiR
 from latentjax.rollout import Backbone
+from latentjax.tasks.base import Example
 from latentjax.tasks.successor_list import SuccessorList
 from latentjax.thoughts import vae
+from latentjax.thoughts.flow import TimeSampler
+from latentjax.tokenizers import Codec
 from tests.train.small import experiment as small
 from train import cli
 from train.config import Experiment
+from train.input import check_lengths
 from train.loop import train
+from train.plan import lay_out
 from train.prepare import prepare
 from train.run import load_run
 
@@ -34,7 +40,8 @@ VAE = ThoughtVAE(
     substitution=0,
     train_decoder=True,
 )
-REASONER = LaDiR(BACKBONE, Lengths(11, 4), vae=VAE, steps=4, draws=2, sampler=FlowSampler(2, guidance=1))
+TIMES = TimeSampler("logit_normal")
+REASONER = LaDiR(BACKBONE, Lengths(11, 4), vae=VAE, steps=4, draws=2, sampler=FlowSampler(2, guidance=1), times=TIMES)
 
 
 def experiment(method, **changes) -> Experiment:
@@ -115,7 +122,8 @@ def test_a_name_with_the_seed_in_it_is_that_of_the_run_with_this_seed(tmp_path):
 
 def test_a_student_may_differ_from_its_teacher_in_how_it_trains_and_samples(reasoner_run):
     fields = {f.name: getattr(REASONER, f.name) for f in dataclasses.fields(LaDiR)}
-    fields |= {"steps": 5, "draws": 1, "null_probability": 0.0, "sampler": FlowSampler(4, guidance=1)}
+    fields |= {"steps": 5, "draws": 1, "null_probability": 0.0, "sampler": FlowSampler(4, guidance=1, noise_scale=1)}
+    fields |= {"times": TimeSampler(), "layout": "random_block"}
     student = FewStepLaDiR(**fields, teacher_guidance=1, phases=4)
     own = prepare(experiment(student, init_from={"teacher": str(reasoner_run.run)})).first_state().params["method"]
     theirs = load_run(reasoner_run.run).params["method"]
@@ -126,6 +134,11 @@ def test_a_student_may_differ_from_its_teacher_in_how_it_trains_and_samples(reas
     other = dataclasses.replace(student, flow_weight=1.0)
     with pytest.raises(ValueError, match=r"is not the teacher .*\n.*method\.teacher\.flow_weight: 5\.0 -> 1\.0"):
         prepare(experiment(other, init_from={"teacher": str(reasoner_run.run)}))
+    guided = dataclasses.replace(student, teacher_guidance=2)
+    prepare(experiment(guided, init_from={"teacher": str(reasoner_run.run)}))
+    guided.check_source("teacher", REASONER)
+    with pytest.raises(ValueError, match=r"method\.teacher_guidance=2: .*null_probability=0"):
+        guided.check_source("teacher", dataclasses.replace(REASONER, null_probability=0))
 
 
 def test_a_collapsed_vae_ends_the_command_with_an_explanation(vae_run, tmp_path, monkeypatch, capsys):
@@ -158,6 +171,14 @@ def with_vae(**changes):
         (
             dataclasses.replace(with_vae(posterior="sigma"), rollout_steps=1), {"init_from": "{reasoner}"},
             r"method\.vae\.posterior: 'gaussian' -> 'sigma'",
+        ),
+        (
+            dataclasses.replace(REASONER, rollout_steps=1, prediction="x"), {"init_from": "{reasoner}"},
+            r"method\.prediction='x': the run that this one goes on from was trained with 'velocity'",
+        ),
+        (
+            dataclasses.replace(REASONER, rollout_steps=1, normalise=False), {"init_from": "{reasoner}"},
+            r"method\.normalise=False: .* trained with True",
         ),
     ],
 )  # fmt: skip
@@ -192,3 +213,38 @@ def test_a_chain_that_no_block_holds_is_found_before_anything_is_compiled():
     config = experiment(dataclasses.replace(VAE, max_blocks=1, lengths=Lengths(11, 2)))
     with pytest.raises(ValueError, match=r"train split of SuccessorList: example 0 .*max_blocks=1"):
         prepare(config)
+
+
+def test_the_longest_block_and_the_longest_answer_are_tried_beforehand():
+    """They need not be in the longest chain, nor have the longest single step."""
+    task = SuccessorList(hops=2)
+    config = experiment(dataclasses.replace(VAE, steps_per_block=2, max_blocks=3, lengths=Lengths(11, 4)), task=task)
+    codec = Codec(task.tokenizer(), task.format)
+    good = list(task.examples("train", count=40, seed=0))
+    question = good[0].question
+    chains = [
+        Example(question, ("1", "1 2", "1", "1"), "1 2 3") for _ in range(6)
+    ]  # longer, in blocks of 3 and 2 tokens
+    chains += [Example(question, ("1 2",), "1") for _ in range(6)]
+    plan = lay_out(config.method.stages(), 4)
+    check_lengths(config, codec, plan, [*good, *chains], "train")
+    with pytest.raises(ValueError, match=r"has a block of 5 tokens with its end, but lengths\.text=4"):
+        check_lengths(config, codec, plan, [*chains, Example(question, ("1 2", "1 2"), "1"), *chains], "train")
+    assert REASONER.sizes(3, [2, 1, 2], 1) == REASONER.vae.sizes(3, [2, 1, 2], 1)
+    answer = {steps: config.method.sizes(3, [steps], 6 - steps) for steps in (1, 5)}
+    assert max(answer[1]) == max(answer[5]) and answer[1] != answer[5]
+
+
+def test_a_decoder_that_would_stay_at_random_is_refused():
+    with pytest.raises(ValueError, match=r"method\.train_decoder=False: the backbone of ThoughtVAE .* at random"):
+        prepare(experiment(dataclasses.replace(VAE, train_decoder=False)))
+
+
+def test_a_vae_needs_positions_for_a_block_and_not_for_the_chain():
+    """Blocks of 11 + 2 + 1 positions, more of them than positions; validated and evaluated like any other."""
+    backbone = dataclasses.replace(BACKBONE, max_positions=16)
+    method = dataclasses.replace(VAE, backbone=backbone, lengths=Lengths(11, 13), max_blocks=9)
+    prepared = prepare(experiment(method))
+    tokenizer, task = prepared.tokenizer, prepared.experiment.task
+    found = encode_prompts(method, Codec(tokenizer, task.format), task.examples("valid", count=3))
+    assert found.question.shape == (3, 9 * 13)
