@@ -13,7 +13,8 @@ Expected: not measured. Published on CD-4: 76.6 pass@1, 96.4 pass@100, 7.3 disti
     46.7 and 3.0, MGDM (85M parameters, for this task alone) 91.5 and 3.2, LLaDA 8B 51.2 (36.5 in one of our sources).
 Command: python -m train configs/ladir_countdown_llama8b.py --arm VAE, then --arm LaDiR, both with
     --pretrained.path FOLDER where the weights are not taken from the hub, then
-    python -m eval runs/ladir-countdown-llama8b-LaDiR-seed0 --split test --samples 100 --temperature 0.7
+    python -m eval runs/ladir-countdown-llama8b-LaDiR-seed0 --split test --samples 100 --temperature 0.7 --batch 8
+    on one device that holds the parameters (64 GB) and the caches of the samples of 8 problems (7 GB).
 """
 
 import dataclasses
@@ -46,6 +47,7 @@ VAE = ThoughtVAE(
     free_bits=0.0,
     noise=0.3,
     substitution=0.0,
+    encoder=None,  # as the decoder
     encoder_sees_question=True,
     train_decoder=False,
 )
@@ -66,12 +68,15 @@ def method(name: str) -> Method:
                 answer_weight=0.0,
                 decision_weight=0.0,
                 prediction="velocity",
-                times=TimeSampler("uniform"),
+                times=TimeSampler("uniform", shift=1.0),
                 layout="all_blocks",
                 draws=8,
                 null_probability=0.1,
                 normalise=True,
-                sampler=FlowSampler(steps=30, solver="euler", guidance=4.0, noise_scale=2**0.5, repulsion=0.0),
+                rollout_steps=0,
+                sampler=FlowSampler(
+                    steps=30, solver="euler", guidance=4.0, noise_scale=2**0.5, repulsion=0.0, repulsion_form="paper"
+                ),
                 stop="budget",
                 answer_from="decoder",
             )
@@ -79,8 +84,12 @@ def method(name: str) -> Method:
 
 
 OPTIMIZERS = {
-    "VAE": Optimizer(2e-5, b1=0.9, b2=0.95, weight_decay=0.03, clip_norm=1.0, warmup_steps=1000, schedule="cosine"),
-    "LaDiR": Optimizer(1e-4, b1=0.9, b2=0.95, weight_decay=0.02, clip_norm=1.0, warmup_steps=1000, schedule="constant"),
+    "VAE": Optimizer(
+        2e-5, b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.03, clip_norm=1.0, warmup_steps=1000, schedule="cosine"
+    ),
+    "LaDiR": Optimizer(
+        1e-4, b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.02, clip_norm=1.0, warmup_steps=1000, schedule="constant"
+    ),
 }
 
 

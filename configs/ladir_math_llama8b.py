@@ -14,7 +14,8 @@ Expected: not measured; with GSM8K alone less than the paper, which trained on m
     without stage 2. Fine-tuned on written chains: GSM8K 84.5 / 89.0.
 Command: python -m train configs/ladir_math_llama8b.py --arm VAE, then --arm Stage1, then --arm Stage2, each with
     --pretrained.path FOLDER where the weights are not taken from the hub (Stage2 needs none), then
-    python -m eval runs/ladir-math-llama8b-Stage2-seed0 --split test --samples 100 --temperature 0.7
+    python -m eval runs/ladir-math-llama8b-Stage2-seed0 --split test --samples 100 --temperature 0.7 --batch 1
+    on one device that holds the parameters (64 GB) and the caches of the samples of a problem (9 GB).
 """
 
 import dataclasses
@@ -48,6 +49,7 @@ VAE = ThoughtVAE(
     free_bits=0.0,
     noise=3.0,
     substitution=0.3,
+    encoder=None,  # as the decoder
     encoder_sees_question=False,
     train_decoder=False,
 )
@@ -68,13 +70,15 @@ def method(name: str) -> Method:
         answer_weight=1.0,
         decision_weight=1.0,
         prediction="velocity",
-        times=TimeSampler("uniform"),
+        times=TimeSampler("uniform", shift=1.0),
         layout="all_blocks",
         draws=8,
         null_probability=0.1,
         normalise=True,
         rollout_steps=10 if name == "Stage2" else 0,
-        sampler=FlowSampler(steps=30, solver="euler", guidance=4.0, noise_scale=2**0.5, repulsion=0.0),
+        sampler=FlowSampler(
+            steps=30, solver="euler", guidance=4.0, noise_scale=2**0.5, repulsion=0.0, repulsion_form="paper"
+        ),
         stop="learned",
         answer_from="head",
     )
