@@ -132,6 +132,7 @@ def test_what_a_part_computes_must_be_that_of_its_run(models, vae_run):
 @pytest.mark.slow
 def test_a_part_that_brings_the_backbone_excludes_published_weights(models, reasoner_run):
     fields = {f.name: getattr(reasoner_run.experiment.method, f.name) for f in dataclasses.fields(LaDiR)}
+    fields["sampler"] = FlowSampler(4, guidance=1, noise_scale=1)
     student = FewStepLaDiR(**fields, teacher_guidance=1)
     with pytest.raises(ValueError, match=r"pretrained\.path=.*the teacher of FewStepLaDiR brings the backbone"):
         prepare(experiment(models, student, init_from={"teacher": str(reasoner_run.run)}))
