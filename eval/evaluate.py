@@ -174,7 +174,8 @@ def encode_prompts(method: Method, codec: Codec, examples: Sequence[Example], th
         # As data, not as a static number: a curve over numbers of thoughts compiles once.
         prompts = prompts.replace(thoughts=np.full(len(examples), thoughts, np.int32))
     spent, question = np.asarray(prompts.thoughts), np.asarray(prompts.question_mask).sum(axis=1)
-    needed, available = method.positions(question, spent), method.backbone.max_positions
+    needed = np.broadcast_to(method.positions(question, spent), spent.shape)
+    available = method.backbone.max_positions
     if needed.max() > available:
         row = int(needed.argmax())
         raise ValueError(

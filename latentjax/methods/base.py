@@ -172,7 +172,8 @@ class Method:
         return question, sum(steps) + answer, answer, max(steps, default=0), len(steps), -len(steps)
 
     def positions(self, question: Any, thoughts: Any) -> Any:
-        """How many of the backbone's positions a problem of so many question tokens and thoughts takes (numbers or arrays)."""
+        """How many of the backbone's positions a problem of so many question tokens and thoughts takes: numbers, or arrays of
+        one entry a problem. One number if it is the same for all."""
         return question + thoughts + self.lengths.text
 
     def check_source(self, role: str | None, source: "Method") -> None:

@@ -231,10 +231,13 @@ def test_the_total_derivative_is_that_of_finite_differences(rows):
     expected = velocity - (t - r)[:, None, None] * change
     assert_close(meanflow_target(lambda z, r, t: network(z, r, t, jnp.tanh), *given), expected, 1e-5)
 
-    # A slope of some width: exact for squares, near for the rest.
-    close = meanflow_target(lambda z, r, t: network(z, r, t, jnp.tanh), *given, width=0.02)
-    assert_close(close, expected, 5e-3)
-    assert np.abs(close - expected).max() > 1e-6
+    # A slope of some width is that difference, and not yet the derivative.
+    h = 0.02
+    ends = [network(z + s * velocity, r, t + s, np.tanh) for s in (h, -h)]
+    slope = velocity - (t - r)[:, None, None] * (ends[0] - ends[1]) / (2 * h)
+    found = meanflow_target(lambda z, r, t: network(z, r, t, jnp.tanh), *given, width=h)
+    assert_close(found, slope, 1e-4)
+    assert np.abs(slope - expected).max() > 1e-3
     square = [meanflow_target(lambda z, r, t: z * spread(t - 2 * r, z), *given, width=w) for w in (0, 0.05)]
     assert_close(*square, 1e-4)
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from types import SimpleNamespace
 
 import chex
 import jax
@@ -27,6 +28,7 @@ from train.loop import train
 from train.plan import lay_out
 from train.prepare import prepare
 from train.run import load_run
+from train.validate import Validator
 
 BACKBONE = dataclasses.replace(tiny(16, width=16, layers=1, heads=2, max_positions=40), init="unit")
 VAE = ThoughtVAE(
@@ -222,17 +224,20 @@ def test_the_longest_block_and_the_longest_answer_are_tried_beforehand():
     codec = Codec(task.tokenizer(), task.format)
     good = list(task.examples("train", count=40, seed=0))
     question = good[0].question
-    chains = [
-        Example(question, ("1", "1 2", "1", "1"), "1 2 3") for _ in range(6)
-    ]  # longer, in blocks of 3 and 2 tokens
-    chains += [Example(question, ("1 2",), "1") for _ in range(6)]
+    longer = Example(question, ("1", "1 2", "1", "1"), "1 2 3")  # in blocks of 3 and 2 tokens
+    chains = [longer] * 6
+    chains += [Example(question, ("1 2",), "1")] * 6
     plan = lay_out(config.method.stages(), 4)
     check_lengths(config, codec, plan, [*good, *chains], "train")
     with pytest.raises(ValueError, match=r"has a block of 5 tokens with its end, but lengths\.text=4"):
         check_lengths(config, codec, plan, [*chains, Example(question, ("1 2", "1 2"), "1"), *chains], "train")
-    assert REASONER.sizes(3, [2, 1, 2], 1) == REASONER.vae.sizes(3, [2, 1, 2], 1)
-    answer = {steps: config.method.sizes(3, [steps], 6 - steps) for steps in (1, 5)}
-    assert max(answer[1]) == max(answer[5]) and answer[1] != answer[5]
+    # Of a chain only the answer stands in a reasoner's text: its marker, three tokens with their own sign, the end.
+    reasoner = dataclasses.replace(REASONER, vae=config.method, lengths=Lengths(11, 6))
+    config = experiment(reasoner, task=task, init_from={"vae": "x"})
+    codec = Codec(task.tokenizer(reasoner.special_tokens()), task.format)
+    check_lengths(config, codec, plan, chains, "train")
+    with pytest.raises(ValueError, match=r"has 7 tokens, but lengths\.text=6"):
+        check_lengths(config, codec, plan, [*chains, Example(question, ("1",), "1 2 3 4"), *chains], "train")
 
 
 def test_a_decoder_that_would_stay_at_random_is_refused():
@@ -248,3 +253,23 @@ def test_a_vae_needs_positions_for_a_block_and_not_for_the_chain():
     tokenizer, task = prepared.tokenizer, prepared.experiment.task
     found = encode_prompts(method, Codec(tokenizer, task.format), task.examples("valid", count=3))
     assert found.question.shape == (3, 9 * 13)
+
+
+def test_in_validation_no_problem_has_neighbours_that_repel_it(monkeypatch):
+    """One sample of each is drawn, whatever the method says of groups."""
+    seen = []
+
+    def evaluate_split(method, *_, **options):
+        seen.append(method.group)
+        return SimpleNamespace(accuracy=0.0, low=0.0, high=1.0, n=3, unparsable=0)
+
+    monkeypatch.setattr("eval.evaluate.evaluate_split", evaluate_split)
+    config = experiment(dataclasses.replace(REASONER, group=3), init_from={"vae": "x"})
+    validator = SimpleNamespace(
+        _experiment=config,
+        _tokenizer=None,
+        _examples=[None] * 3,
+        _parallel=SimpleNamespace(ways=1, batch_sharding=None),
+    )
+    assert Validator._generate(validator, None, None)["n"] == 3
+    assert seen == [1]
